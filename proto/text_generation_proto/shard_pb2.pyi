@@ -1,0 +1,133 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class InfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InfoReply(_message.Message):
+    __slots__ = ("model_type", "dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size", "kv_bytes_per_token")
+    MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_POSITION_EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    model_type: str
+    dtype: str
+    device_name: str
+    rank: int
+    world_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    block_size: int
+    kv_bytes_per_token: int
+    def __init__(self, model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+
+class WarmupRequest(_message.Message):
+    __slots__ = ("max_step_tokens", "max_num_sequences", "max_sequence_length", "max_kv_tokens")
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    max_step_tokens: int
+    max_num_sequences: int
+    max_sequence_length: int
+    max_kv_tokens: int
+    def __init__(self, max_step_tokens: _Optional[int] = ..., max_num_sequences: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ...) -> None: ...
+
+class WarmupReply(_message.Message):
+    __slots__ = ("num_blocks", "warmup_ns")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_NS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    warmup_ns: int
+    def __init__(self, num_blocks: _Optional[int] = ..., warmup_ns: _Optional[int] = ...) -> None: ...
+
+class HealthRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HealthReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SamplingParameters(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class NewSequence(_message.Message):
+    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: bytes
+    sampling: SamplingParameters
+    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ...) -> None: ...
+
+class StepPlan(_message.Message):
+    __slots__ = ("step", "removed_sequence_ids", "new_sequences", "grown_sequence_ids", "grown_num_blocks", "grown_block_ids", "prefill_sequence_ids", "prefill_num_tokens")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEW_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    GROWN_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    GROWN_NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    GROWN_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    removed_sequence_ids: bytes
+    new_sequences: _containers.RepeatedCompositeFieldContainer[NewSequence]
+    grown_sequence_ids: bytes
+    grown_num_blocks: bytes
+    grown_block_ids: bytes
+    prefill_sequence_ids: bytes
+    prefill_num_tokens: bytes
+    def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step", "sequence_ids", "num_tokens", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_NS_FIELD_NUMBER: _ClassVar[int]
+    STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    sequence_ids: bytes
+    num_tokens: bytes
+    token_ids: bytes
+    logprobs: bytes
+    failed_sequence_ids: bytes
+    failure_messages: _containers.RepeatedScalarFieldContainer[str]
+    forward_ns: int
+    sample_ns: int
+    step_ns: int
+    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
