@@ -1,0 +1,109 @@
+"""Every error a client can be sent, with its HTTP status and TGI's `error_type`.
+
+RouterError
+├── ValidationError                 422  validation
+├── MalformedBody                   400  validation
+├── PayloadTooLarge                 413  validation
+├── TemplateError                   422  template_error
+├── ToolError                       422  tool_error
+├── Overloaded                      429  overloaded
+├── ShuttingDown                    503  overloaded
+├── GenerationError                 424  generation
+├── IncompleteGeneration            500  incomplete_generation
+├── IncompleteGenerationStream      500  incomplete_generation_stream
+└── Unhealthy                       503  healthcheck
+"""
+
+
+class RouterError(Exception):
+    """A request that ends without an answer: `status` and `error_type` are the class's, the text is the reason's.
+
+    `param` names the field of the body that is at fault, where there is one. `failure_label` is the value of
+    `tgi_request_failure`'s label `err`.
+    """
+
+    status: int
+    error_type: str
+    failure_label: str
+    prefix: str = ""
+
+    def __init__(self, reason: str = "", param: str | None = None) -> None:
+        super().__init__(f"{self.prefix}{reason}")
+        self.param = param
+
+
+class ValidationError(RouterError):
+    """A request that asks for something this server or model does not do."""
+
+    status, error_type, failure_label = 422, "validation", "validation"
+    prefix = "Input validation error: "
+
+
+class MalformedBody(RouterError):
+    """A body that is not JSON."""
+
+    status, error_type, failure_label = 400, "validation", "validation"
+    prefix = "Input validation error: "
+
+
+class PayloadTooLarge(RouterError):
+    """A body longer than `--payload-limit`."""
+
+    status, error_type, failure_label = 413, "validation", "validation"
+    prefix = "Input validation error: "
+
+
+class TemplateError(RouterError):
+    """The chat template is missing or refuses the messages."""
+
+    status, error_type, failure_label = 422, "template_error", "template"
+    prefix = "Template error: "
+
+
+class ToolError(RouterError):
+    """Tools that cannot be used as asked."""
+
+    status, error_type, failure_label = 422, "tool_error", "validation"
+    prefix = "Tool error: "
+
+
+class Overloaded(RouterError):
+    """More requests than `--max-concurrent-requests`."""
+
+    status, error_type, failure_label = 429, "overloaded", "overloaded"
+    prefix = "Model is overloaded"
+
+
+class ShuttingDown(RouterError):
+    """The server is draining and takes no new requests."""
+
+    status, error_type, failure_label = 503, "overloaded", "overloaded"
+    prefix = "Model is overloaded: the server is shutting down"
+
+
+class GenerationError(RouterError):
+    """A shard could not compute this request."""
+
+    status, error_type, failure_label = 424, "generation", "generation"
+    prefix = "Request failed during generation: "
+
+
+class IncompleteGeneration(RouterError):
+    """Generation ended before the request was done."""
+
+    status, error_type, failure_label = 500, "incomplete_generation", "incomplete"
+    prefix = "Incomplete generation"
+
+
+class IncompleteGenerationStream(RouterError):
+    """A stream ended before the request was done."""
+
+    status, error_type, failure_label = 500, "incomplete_generation_stream", "incomplete"
+    prefix = "Incomplete generation"
+
+
+class Unhealthy(RouterError):
+    """A shard is gone or makes no progress."""
+
+    status, error_type, failure_label = 503, "healthcheck", "generation"
+    prefix = "unhealthy"

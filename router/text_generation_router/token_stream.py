@@ -1,0 +1,97 @@
+"""What one request's handler reads: the tokens of its sequence as they come, then how it ended."""
+
+import asyncio
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from text_generation_router.errors import RouterError
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; values are TGI's words."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One generated token.
+
+    `text` is the visible text it released: "" for a special token and while a character or a possible stop
+    string is incomplete; the last token also releases what was held back. The texts of all tokens together are
+    the generated text.
+    """
+
+    token_id: int
+    logprob: float
+    text: str
+    is_special: bool
+
+
+@dataclass
+class Timings:
+    """When things happened, nanoseconds of the monotonic clock; 0: not yet."""
+
+    received_ns: int = 0
+    queued_ns: int = 0
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    finished_ns: int = 0
+
+
+@dataclass
+class TokenStream:
+    """Written by the engine, read by one handler."""
+
+    num_prompt_tokens: int
+    timings: Timings = field(default_factory=Timings)
+    finish_reason: FinishReason | None = None
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    _outputs: list[TokenOutput] = field(default_factory=list)
+    _error: RouterError | None = None
+    _wakeup: asyncio.Future[None] | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing more will be written."""
+        return self.finish_reason is not None or self._error is not None
+
+    def write(self, outputs: list[TokenOutput]) -> None:
+        """Add tokens and wake the reader."""
+        self._outputs += outputs
+        self.num_generated_tokens += len(outputs)
+        self._wake()
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the stream well, after the last tokens were written."""
+        self.finish_reason = reason
+        self._wake()
+
+    def fail(self, error: RouterError) -> None:
+        """End the stream with an error; the reader gets the tokens before it first."""
+        if not self.is_ended:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    async def read(self) -> list[TokenOutput]:
+        """All tokens since the last read, waiting for the first; [] once the stream has ended well.
+
+        Raises the RouterError that ended the stream, once the tokens before it are read.
+        """
+        while not self._outputs and not self.is_ended:
+            self._wakeup = asyncio.get_running_loop().create_future()
+            try:
+                await self._wakeup
+            finally:
+                self._wakeup = None
+        outputs, self._outputs = self._outputs, []
+        if not outputs and self._error is not None:
+            raise self._error
+        return outputs

@@ -1,0 +1,28 @@
+"""ValidRequest: what every route must build before anything is queued. The rest of the router trusts it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How tokens are chosen. Temperature 0 is greedy; the other fields are then without effect."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    seed: int = 0  # [0, 2**64)
+
+
+@dataclass(frozen=True)
+class ValidRequest:
+    """One prompt to extend, every field within the server's limits."""
+
+    token_ids: list[int]  # never empty, each below the logits' width
+    max_new_tokens: int  # at least 1; prompt and new tokens together fit max_total_tokens
+    sampling: SamplingParameters = SamplingParameters()
+    stop_strings: tuple[str, ...] = ()
+    # TGI's routes keep the stop string that ended a text, OpenAI's cut it off.
+    keep_stop_string: bool = True
+    ignore_eos: bool = False
+    # Requests share prefix-cache blocks only with requests of the same salt.
+    cache_salt: bytes = b""
