@@ -1,0 +1,371 @@
+"""The scheduler: who runs in the next step, on how many tokens, in which blocks. Pure: no I/O, no clock.
+
+One rule: a sequence wants `num_tokens - num_computed_tokens`; it gets what the step's token budget and the free
+blocks allow. Decode, prefill, chunked prefill, prefix hits and recompute after a preemption are all that rule.
+Decodes go first, so a long prompt never stalls running streams.
+
+Plans are made before the results of earlier ones are known (design: two in flight). That is safe because plans
+execute in order: a block freed here may be given away at once, since a step that still writes into it runs before
+the step of its new owner.
+"""
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass
+
+from text_generation_router.block_manager import BlockManager, hash_block
+from text_generation_router.sequence import Sequence, SequenceState
+from text_generation_router.step import NewSequence, StepPlan, StepResult
+from text_generation_router.token_stream import FinishReason
+from text_generation_router.valid_request import ValidRequest
+from text_generation_router.waiting_queue import WaitingQueue
+
+WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What one step and one batch may hold."""
+
+    max_step_tokens: int  # token budget of one step
+    max_num_sequences: int  # sequences in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a result changed for one sequence: one more token, or the reason why it has none."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: float
+    finish_reason: FinishReason | None
+    failure: str | None = None
+
+
+class Scheduler:
+    """Owns every sequence from arrival to end, and the block manager."""
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, eos_token_ids: frozenset[int]) -> None:
+        assert limits.max_num_sequences <= limits.max_step_tokens, (
+            "decodes of a full batch must fit in a step"
+        )
+        self.limits = limits
+        self.blocks = blocks
+        self.eos_token_ids = eos_token_ids
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in the batch, by arrival
+        self._by_id: dict[int, Sequence] = {}
+        self._removed: list[int] = []  # left the batch since the last plan
+        # Keys of prompt blocks that a running sequence will compute: a sequence that could share one waits for it.
+        self._to_be_computed: Counter[bytes] = Counter()
+        self._next_sequence_id = 1
+        self._last_step = 0
+        self._last_step_ended = 0
+        self.num_prefix_query_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_preemptions = 0
+
+    # ---- arrival and end -------------------------------------------------------------------------------------
+
+    def add(self, request: ValidRequest) -> Sequence:
+        """Queue a request as a new sequence."""
+        sequence = Sequence(self._next_sequence_id, request)
+        assert self.blocks.num_blocks_for(sequence.max_tokens) <= self.blocks.num_blocks
+        self._next_sequence_id += 1
+        self._by_id[sequence.sequence_id] = sequence
+        self.waiting.add(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, whatever its state, and free its blocks; results still in flight for it are dropped."""
+        if sequence.state is SequenceState.RUNNING:
+            self._leave_batch(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        if sequence.state is not SequenceState.FINISHED:
+            sequence.state = SequenceState.FINISHED
+            del self._by_id[sequence.sequence_id]
+            self._free_blocks(sequence)
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._removed.append(sequence.sequence_id)
+        for key in sequence.block_hashes[sequence.num_registered_blocks :]:
+            self._count_down(key)
+
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that have not ended: waiting, running, or with their last tokens in flight."""
+        return len(self._by_id)
+
+    # ---- planning --------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, or None when there is nothing to compute and nothing to tell the shards."""
+        plan = StepPlan(step=self._last_step + 1)
+        self._retire_exhausted()
+        self._plan_decodes(plan)
+        self._plan_running_prefills(plan)
+        self._admit(plan)
+        is_idle = self._last_step_ended == self._last_step
+        assert not (plan.is_empty and is_idle and self.running), "a batch that nothing can move"
+        if plan.is_empty and not (is_idle and self._removed):
+            return None
+        return self._close(plan)
+
+    def probe(self) -> StepPlan:
+        """A plan that computes nothing, to see whether the shards answer."""
+        return self._close(StepPlan(step=self._last_step + 1))
+
+    def _close(self, plan: StepPlan) -> StepPlan:
+        self._last_step = plan.step
+        plan.removed_sequence_ids, self._removed = self._removed, []
+        return plan
+
+    def _retire_exhausted(self) -> None:
+        """Take sequences out of the batch whose last token is already on its way."""
+        for sequence in [sequence for sequence in self.running if sequence.is_exhausted]:
+            self._leave_batch(sequence)
+            sequence.state = SequenceState.DRAINING
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            if sequence.is_prefilling:
+                continue
+            if not self._make_room(sequence, plan):
+                continue  # it was the youngest and gave way itself
+            self._compute(sequence, 1, plan)
+            plan.num_decode_tokens += 1
+
+    def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Give a decoding sequence its next block if it needs one, preempting the youngest until there is one."""
+        num_missing = self._num_missing_blocks(sequence, 1)
+        while num_missing > self.blocks.num_available:
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+        self._grow(sequence, num_missing, plan)
+        return True
+
+    def _plan_running_prefills(self, plan: StepPlan) -> None:
+        for sequence in self.running:
+            if sequence.is_prefilling:
+                num_tokens = self._chunk(sequence, plan)
+                if num_tokens:
+                    self._grow(sequence, self._num_missing_blocks(sequence, num_tokens), plan)
+                    self._prefill(sequence, num_tokens, plan)
+
+    def _chunk(self, sequence: Sequence, plan: StepPlan) -> int:
+        """How many tokens budget and blocks let a prefilling sequence compute now."""
+        room = (len(sequence.block_table) + self.blocks.num_available) * self.blocks.block_size
+        return min(self._budget(plan), room - sequence.num_computed_tokens, sequence.num_wanted_tokens)
+
+    def _budget(self, plan: StepPlan) -> int:
+        return self.limits.max_step_tokens - plan.num_decode_tokens - plan.num_prefill_tokens
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        """Take a sequence's blocks back; it waits, and computes all its tokens again later."""
+        self._leave_batch(sequence)
+        self._free_blocks(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        plan.num_preempted += 1
+        self.waiting.add(sequence)
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def _admit(self, plan: StepPlan) -> None:
+        if plan.num_preempted:
+            return
+        for sequence in self.waiting:
+            if len(self.running) >= self.limits.max_num_sequences or self._budget(plan) <= 0:
+                return
+            if sequence.step_last_planned > self._last_step_ended:
+                return  # preempted, and a plan that names it is still in flight
+            if sequence.awaited_key in self._to_be_computed:
+                continue  # another sequence is computing blocks that this one can share
+            hits = self._find_prefix(sequence)
+            if sequence.awaited_key is not None:
+                continue
+            if not self._fits(sequence, hits):
+                return
+            self._join_batch(sequence, hits, plan)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks a waiting sequence can share; sets `awaited_key` if the next one is about to be computed.
+
+        A hit never covers the block of the last known token: at least one token must be computed.
+        """
+        if not self.blocks.prefix_caching:
+            return []
+        max_hits = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        self._hash_blocks(sequence, len(sequence.token_ids) // self.blocks.block_size)
+        keys = sequence.block_hashes[:max_hits]
+        hits = self.blocks.find(keys)
+        next_key = keys[len(hits)] if len(hits) < max_hits else None
+        sequence.awaited_key = next_key if next_key in self._to_be_computed else None
+        return hits
+
+    def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
+        """Whether all known tokens find room beside what running prefills still need, above the watermark.
+
+        So running prefills alone can never block each other: what they still need is available as soon as the
+        decodes that took it have ended.
+        """
+        num_needed = self.blocks.num_blocks_for(len(sequence.token_ids)) - len(hits)
+        num_needed += self.blocks.num_cached_among(hits)
+        if not self.running:
+            return num_needed <= self.blocks.num_available
+        num_promised = sum(
+            self.blocks.num_blocks_for(len(other.token_ids)) - len(other.block_table)
+            for other in self.running
+            if other.is_prefilling
+        )
+        watermark = int(self.blocks.num_blocks * WATERMARK_SHARE) + len(self.running) // 2 + 1
+        return num_needed + num_promised + watermark <= self.blocks.num_available
+
+    def _join_batch(self, sequence: Sequence, hits: list[int], plan: StepPlan) -> None:
+        num_hit_tokens = len(hits) * self.blocks.block_size
+        self.blocks.hold(hits)
+        sequence.block_table = list(hits)
+        sequence.num_computed_tokens = num_hit_tokens
+        sequence.num_joined_tokens = len(sequence.token_ids)
+        sequence.num_registered_blocks = len(hits)
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = num_hit_tokens
+            self.num_prefix_query_tokens += sequence.num_prompt_tokens
+            self.num_prefix_hit_tokens += num_hit_tokens
+        self.waiting.remove(sequence)
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=lambda other: other.arrival)
+        num_tokens = self._chunk(sequence, plan)
+        sequence.block_table += self.blocks.allocate(self._num_missing_blocks(sequence, num_tokens))
+        plan.new_sequences.append(
+            NewSequence(
+                sequence.sequence_id,
+                sequence.token_ids.copy(),
+                sequence.num_prompt_tokens,
+                num_hit_tokens,
+                sequence.block_table.copy(),
+                sequence.request.sampling,
+            )
+        )
+        self._to_be_computed.update(sequence.block_hashes[len(hits) :])
+        self._prefill(sequence, num_tokens, plan)
+
+    # ---- computing -------------------------------------------------------------------------------------------
+
+    def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        num_blocks = self.blocks.num_blocks_for(sequence.num_computed_tokens + num_tokens)
+        return max(0, num_blocks - len(sequence.block_table))
+
+    def _grow(self, sequence: Sequence, num_blocks: int, plan: StepPlan) -> None:
+        if num_blocks:
+            blocks = self.blocks.allocate(num_blocks)
+            sequence.block_table += blocks
+            plan.grown_sequence_ids.append(sequence.sequence_id)
+            plan.grown_num_blocks.append(num_blocks)
+            plan.grown_block_ids += blocks
+
+    def _prefill(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:
+        plan.prefill_sequence_ids.append(sequence.sequence_id)
+        plan.prefill_num_tokens.append(num_tokens)
+        plan.num_prefill_tokens += num_tokens
+        self._compute(sequence, num_tokens, plan)
+
+    def _compute(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:
+        """Count tokens as computed; the step that computes the last known token samples one more."""
+        assert num_tokens > 0
+        sequence.step_last_planned = plan.step
+        sequence.num_computed_tokens += num_tokens
+        if not sequence.is_prefilling:
+            sequence.num_pending_tokens += 1
+        self._register_blocks(sequence)
+
+    def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
+        size, keys = self.blocks.block_size, sequence.block_hashes
+        while len(keys) < num_blocks:
+            parent = keys[-1] if keys else sequence.request.cache_salt
+            start = len(keys) * size
+            keys.append(hash_block(parent, sequence.token_ids[start : start + size]))
+
+    def _register_blocks(self, sequence: Sequence) -> None:
+        """Offer to the prefix cache the blocks that are full of known tokens and planned to be computed.
+
+        A later plan that shares them runs after the one that fills them.
+        """
+        num_known = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        num_full = num_known // self.blocks.block_size
+        if num_full <= sequence.num_registered_blocks or not self.blocks.prefix_caching:
+            return
+        self._hash_blocks(sequence, num_full)
+        for index in range(sequence.num_registered_blocks, num_full):
+            key = sequence.block_hashes[index]
+            self.blocks.register(sequence.block_table[index], key)
+            self._count_down(key)
+        sequence.num_registered_blocks = num_full
+
+    def _count_down(self, key: bytes) -> None:
+        count = self._to_be_computed.get(key, 0)
+        if count > 1:
+            self._to_be_computed[key] = count - 1
+        elif count:
+            del self._to_be_computed[key]
+
+    # ---- results ---------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[Progress]:
+        """Take a step's tokens in; sequences that end by length or EOS are finished here.
+
+        Rows of sequences that ended meanwhile are dropped.
+        """
+        assert result.step == self._last_step_ended + 1, "results come in the order of the plans"
+        self._last_step_ended = result.step
+        progress = []
+        for sequence_id, token_id, logprob in zip(
+            result.sequence_ids, result.token_ids, result.logprobs, strict=True
+        ):
+            sequence = self._by_id.get(sequence_id)
+            if sequence is not None:
+                reason = self._append(sequence, token_id)
+                progress.append(Progress(sequence, token_id, logprob, reason))
+                if reason is not None:
+                    self.finish(sequence)
+        for sequence_id, message in result.failures.items():
+            sequence = self._by_id.get(sequence_id)
+            if sequence is not None:
+                progress.append(Progress(sequence, -1, 0.0, None, message))
+                self.blocks.unregister(sequence.block_table)
+                self.finish(sequence)
+        if not self._by_id:
+            self.check_idle()
+        return progress
+
+    def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sequence.token_ids.append(token_id)
+        sequence.num_pending_tokens -= 1
+        assert sequence.num_pending_tokens >= 0
+        self._register_blocks(sequence)
+        if len(sequence.token_ids) >= sequence.max_tokens:
+            return FinishReason.LENGTH
+        if token_id in self.eos_token_ids and not sequence.request.ignore_eos:
+            return FinishReason.EOS_TOKEN
+        return None
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left behind when no sequence is."""
+        assert not self.running
+        assert not len(self.waiting)
+        assert self.blocks.num_held == 0, "blocks are held although nothing runs"
+        assert not self._to_be_computed

@@ -1,0 +1,76 @@
+"""Sequence: one stream of token ids being extended. Only the scheduler changes its state."""
+
+from enum import Enum, auto
+
+from text_generation_router.valid_request import ValidRequest
+
+
+class SequenceState(Enum):
+    """Where a sequence is."""
+
+    WAITING = auto()  # not in the batch: fresh, or preempted
+    RUNNING = auto()  # in the batch
+    DRAINING = auto()  # out of the batch, its last tokens still in flight
+    FINISHED = auto()
+
+
+class Sequence:
+    """Token ids, how far they are computed, and the blocks that hold their keys and values.
+
+    `num_computed_tokens` counts tokens whose computation was put into a plan, in flight or done;
+    `num_pending_tokens` counts tokens that plans in flight will sample.
+    """
+
+    __slots__ = (
+        "arrival",
+        "awaited_key",
+        "block_hashes",
+        "block_table",
+        "max_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_joined_tokens",
+        "num_pending_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "request",
+        "sequence_id",
+        "state",
+        "step_last_planned",
+        "token_ids",
+    )
+
+    def __init__(self, sequence_id: int, request: ValidRequest) -> None:
+        self.sequence_id = sequence_id
+        self.arrival = sequence_id  # ids count up, so they also order sequences by arrival
+        self.request = request
+        self.token_ids = list(request.token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_tokens = self.num_prompt_tokens + request.max_new_tokens
+        self.state = SequenceState.WAITING
+        self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.num_joined_tokens = 0  # tokens known when it joined the batch; beyond them it decodes
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
+        self.num_preemptions = 0
+        self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
+        self.step_last_planned = 0
+        self.awaited_key: bytes | None = None  # prefix-cache key of a block it waits for another to compute
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []  # keys of the full blocks of known tokens, as far as computed
+
+    @property
+    def num_wanted_tokens(self) -> int:
+        """Tokens, known or about to be, that no plan computes yet: the one rule of scheduling."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether tokens known when it joined the batch are still to be computed."""
+        return self.num_computed_tokens < self.num_joined_tokens
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether plans in flight will sample its last token, so that no further step may run it."""
+        return len(self.token_ids) + self.num_pending_tokens >= self.max_tokens

@@ -1,0 +1,54 @@
+"""What crosses between scheduler and shards each step: the plan that goes out and the result that comes back."""
+
+from dataclasses import dataclass, field
+
+from text_generation_router.valid_request import SamplingParameters
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence in full: sent when it joins the batch, and again when it returns after a preemption."""
+
+    sequence_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: list[int]
+    sampling: SamplingParameters
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step, as differences from the one before (the fields of shard.proto's StepPlan)."""
+
+    step: int
+    removed_sequence_ids: list[int] = field(default_factory=list)
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    grown_sequence_ids: list[int] = field(default_factory=list)
+    grown_num_blocks: list[int] = field(default_factory=list)
+    grown_block_ids: list[int] = field(default_factory=list)
+    prefill_sequence_ids: list[int] = field(default_factory=list)
+    prefill_num_tokens: list[int] = field(default_factory=list)
+    # Known to the router alone: what the step computes.
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_preempted: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step computes nothing and only carries changes."""
+        return not self.num_decode_tokens and not self.prefill_sequence_ids
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step produced: a token for each sequence that sampled, or why it has none."""
+
+    step: int
+    sequence_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    failures: dict[int, str] = field(default_factory=dict)
+    forward_ns: int = 0
+    sample_ns: int = 0
+    step_ns: int = 0

@@ -1,0 +1,313 @@
+"""Scheduler and block manager against a model of a shard that remembers what every KV slot holds.
+
+The model executes plans as shard.proto says, one or two plans behind the scheduler. Each slot remembers the whole
+history (a hash over all token ids up to it), so a wrong block, a stale prefix hit or a block given away too early
+shows as a wrong history. The sampled token is a function of the history alone: what each sequence generates is
+known in advance, whatever batch, chunking, preemption or sharing happened on the way.
+"""
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_generation_router.block_manager import BlockManager, hash_block
+from text_generation_router.scheduler import Scheduler, SchedulerLimits
+from text_generation_router.step import StepPlan, StepResult
+from text_generation_router.token_stream import FinishReason
+from text_generation_router.valid_request import ValidRequest
+
+EOS = 7
+VOCABULARY = 50
+
+
+def history_of(token_ids: list[int]) -> bytes:
+    return hashlib.sha256(repr(token_ids).encode()).digest()
+
+
+def next_token(token_ids: list[int]) -> int:
+    return history_of(token_ids)[0] % VOCABULARY
+
+
+def expected_tokens(request: ValidRequest) -> tuple[list[int], FinishReason]:
+    tokens = list(request.token_ids)
+    for _ in range(request.max_new_tokens):
+        tokens.append(next_token(tokens))
+        if len(tokens) == len(request.token_ids) + request.max_new_tokens:
+            break
+        if tokens[-1] == EOS and not request.ignore_eos:
+            return tokens[len(request.token_ids) :], FinishReason.EOS_TOKEN
+    return tokens[len(request.token_ids) :], FinishReason.LENGTH
+
+
+@dataclass
+class Row:
+    token_ids: list[int]
+    num_computed: int
+    blocks: list[int]
+    is_decoding: bool = False
+
+
+@dataclass
+class ModelShard:
+    """Executes plans literally, and asserts all that the protocol promises."""
+
+    num_blocks: int
+    block_size: int
+    limits: SchedulerLimits
+    rows: dict[int, Row] = field(default_factory=dict)
+    slots: dict[int, bytes] = field(default_factory=dict)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.apply_changes(plan)
+        work = {sequence_id: 1 for sequence_id, row in self.rows.items() if row.is_decoding}
+        assert len(work) == plan.num_decode_tokens
+        for sequence_id, count in zip(plan.prefill_sequence_ids, plan.prefill_num_tokens, strict=True):
+            assert sequence_id not in work
+            assert count > 0
+            work[sequence_id] = count
+        assert sum(work.values()) <= self.limits.max_step_tokens
+        tokens = {
+            sequence_id: self.compute(self.rows[sequence_id], count) for sequence_id, count in work.items()
+        }
+        sampled = {sequence_id: token for sequence_id, token in tokens.items() if token is not None}
+        return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled))
+
+    def apply_changes(self, plan: StepPlan) -> None:
+        for sequence_id in plan.removed_sequence_ids:
+            del self.rows[sequence_id]
+        for new in plan.new_sequences:
+            assert new.sequence_id not in self.rows
+            assert 0 <= new.num_computed_tokens < len(new.token_ids)
+            self.rows[new.sequence_id] = Row(
+                list(new.token_ids), new.num_computed_tokens, list(new.block_ids)
+            )
+        position = 0
+        for sequence_id, count in zip(plan.grown_sequence_ids, plan.grown_num_blocks, strict=True):
+            self.rows[sequence_id].blocks += plan.grown_block_ids[position : position + count]
+            position += count
+        assert position == len(plan.grown_block_ids)
+        assert len(self.rows) <= self.limits.max_num_sequences
+
+    def compute(self, row: Row, count: int) -> int | None:
+        def slot(position: int) -> int:
+            return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+        start = row.num_computed
+        for position in range(start):
+            assert self.slots[slot(position)] == history_of(row.token_ids[: position + 1]), "stale KV memory"
+        for position in range(start, start + count):
+            self.slots[slot(position)] = history_of(row.token_ids[: position + 1])
+        row.num_computed += count
+        assert row.num_computed <= len(row.token_ids)
+        if row.num_computed < len(row.token_ids):
+            return None
+        row.is_decoding = True
+        row.token_ids.append(next_token(row.token_ids))
+        return row.token_ids[-1]
+
+
+class Harness:
+    """A scheduler and its model shard, with up to `depth` plans in flight."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, limits: SchedulerLimits, depth: int = 2, caching: bool = True
+    ):
+        self.blocks = BlockManager(num_blocks, block_size, caching)
+        self.scheduler = Scheduler(limits, self.blocks, frozenset([EOS]))
+        self.shard = ModelShard(num_blocks, block_size, limits)
+        self.depth = depth
+        self.in_flight: deque[StepPlan] = deque()
+        self.generated: dict[int, list[int]] = {}
+        self.reasons: dict[int, FinishReason] = {}
+        self.num_steps = 0
+
+    def add(self, request: ValidRequest):
+        sequence = self.scheduler.add(request)
+        self.generated[sequence.sequence_id] = []
+        return sequence
+
+    def advance(self) -> bool:
+        """Send what can be sent, then take one result in; False when there was nothing to do."""
+        while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
+            self.in_flight.append(plan)
+            self.blocks.check()
+        if not self.in_flight:
+            return False
+        self.num_steps += 1
+        for progress in self.scheduler.update(self.shard.execute(self.in_flight.popleft())):
+            sequence_id = progress.sequence.sequence_id
+            assert sequence_id not in self.reasons, "a token after the end"
+            self.generated[sequence_id].append(progress.token_id)
+            if progress.finish_reason is not None:
+                self.reasons[sequence_id] = progress.finish_reason
+        self.blocks.check()
+        return True
+
+    def run_until_idle(self, max_steps: int = 5000) -> None:
+        while self.advance():
+            assert self.num_steps < max_steps, "no end in sight"
+        assert self.scheduler.num_unfinished == 0
+        self.scheduler.check_idle()
+        assert not self.shard.rows, "the shard was not told of every end"
+
+
+def make_request(
+    prompt: list[int], max_new_tokens: int, ignore_eos: bool = False, salt: bytes = b""
+) -> ValidRequest:
+    return ValidRequest(prompt, max_new_tokens, ignore_eos=ignore_eos, cache_salt=salt)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> list[int]:
+    """Prompts that often share a prefix, also with what others generate."""
+    base = list(range(draw(st.integers(0, 3)), 30))
+    shared = base[: draw(st.integers(0, 24))]
+    for _ in range(draw(st.integers(0, 6))):
+        shared.append(next_token(shared))
+    return shared + draw(st.lists(st.integers(0, 2), min_size=0 if shared else 1, max_size=6))
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), prompts(), st.integers(1, 20), st.booleans(), st.sampled_from([b"", b"b"])),
+        st.tuples(st.just("cancel"), st.integers(0, 40)),
+        st.tuples(st.just("advance"), st.integers(1, 4)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    actions=actions,
+    num_blocks=st.integers(14, 60),
+    block_size=st.sampled_from([4, 5]),
+    max_num_sequences=st.integers(1, 8),
+    extra_budget=st.integers(0, 20),
+    depth=st.integers(1, 3),
+    caching=st.booleans(),
+)
+def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
+    actions, num_blocks, block_size, max_num_sequences, extra_budget, depth, caching
+):
+    limits = SchedulerLimits(max_num_sequences + extra_budget, max_num_sequences)
+    harness = Harness(num_blocks, block_size, limits, depth, caching)
+    sequences, cancelled = [], set()
+    for action in actions:
+        if action[0] == "add":
+            sequences.append(harness.add(make_request(*action[1:])))
+        elif action[0] == "cancel" and action[1] < len(sequences):
+            sequence = sequences[action[1]]
+            harness.scheduler.finish(sequence)
+            if sequence.sequence_id not in harness.reasons:
+                cancelled.add(sequence.sequence_id)
+        elif action[0] == "advance":
+            for _ in range(action[1]):
+                harness.advance()
+    harness.run_until_idle()
+    for sequence in sequences:
+        tokens, reason = expected_tokens(sequence.request)
+        generated = harness.generated[sequence.sequence_id]
+        if sequence.sequence_id in cancelled:
+            assert generated == tokens[: len(generated)]
+        else:
+            assert generated == tokens
+            assert harness.reasons[sequence.sequence_id] is reason
+
+
+def test_a_small_memory_preempts_and_everything_still_comes_out_right():
+    harness = Harness(12, 4, SchedulerLimits(16, 8))
+    sequences = [harness.add(make_request([i, i + 1, i + 2], 40, ignore_eos=True)) for i in range(6)]
+    harness.run_until_idle()
+    assert harness.scheduler.num_preemptions > 0
+    for sequence in sequences:
+        assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
+
+
+def test_a_long_prompt_does_not_stall_running_streams():
+    harness = Harness(100, 4, SchedulerLimits(8, 4))
+    first = harness.add(make_request([1, 2, 3], 30, ignore_eos=True))
+    harness.advance()
+    harness.add(make_request(list(range(40)), 2))
+    before = len(harness.generated[first.sequence_id])
+    for _ in range(6):
+        harness.advance()
+    assert len(harness.generated[first.sequence_id]) - before == 6
+
+
+def test_sequences_with_one_prefix_compute_it_once():
+    harness = Harness(200, 4, SchedulerLimits(16, 8))
+    prefix = [number % VOCABULARY for number in range(40)]
+    for tail in range(5):
+        harness.add(make_request([*prefix, tail], 3, ignore_eos=True))
+    harness.run_until_idle()
+    assert harness.scheduler.num_prefix_query_tokens == 5 * 41
+    assert harness.scheduler.num_prefix_hit_tokens == 4 * 40
+
+
+def test_generated_tokens_are_found_again_by_the_next_turn():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    first = harness.add(make_request(list(range(10)), 20, ignore_eos=True))
+    harness.run_until_idle()
+    second = harness.add(
+        make_request([*first.request.token_ids, *harness.generated[first.sequence_id], 1], 4)
+    )
+    harness.run_until_idle()
+    assert second.num_cached_tokens == 28  # 29 of 31 tokens have keys and values: seven full blocks
+
+
+def test_salts_do_not_share_blocks():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    harness.add(make_request(list(range(20)), 2, salt=b"a"))
+    harness.run_until_idle()
+    harness.add(make_request(list(range(20)), 2, salt=b"b"))
+    harness.run_until_idle()
+    assert harness.scheduler.num_prefix_hit_tokens == 0
+
+
+def test_a_hit_never_covers_the_last_prompt_token():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    for _ in range(2):
+        sequence = harness.add(make_request(list(range(20)), 2))
+        harness.run_until_idle()
+    assert sequence.num_cached_tokens == 16
+
+
+def test_the_older_sequence_is_never_preempted_for_a_younger_one():
+    harness = Harness(10, 4, SchedulerLimits(16, 8))
+    sequences = [harness.add(make_request([i], 36, ignore_eos=True)) for i in range(4)]
+    harness.run_until_idle()
+    assert sequences[0].num_preemptions == 0
+    assert sum(sequence.num_preemptions for sequence in sequences) > 0
+
+
+def test_a_failed_sequence_ends_alone_and_leaves_nothing_in_the_prefix_cache():
+    harness = Harness(100, 4, SchedulerLimits(64, 8))
+    broken = harness.add(make_request(list(range(20)), 5))
+    fine = harness.add(make_request([9, 8], 5, ignore_eos=True))
+    plan = harness.scheduler.schedule()
+    assert plan is not None
+    result = harness.shard.execute(plan)
+    rows = [
+        row for row in zip(result.sequence_ids, result.token_ids, strict=True) if row[0] != broken.sequence_id
+    ]
+    result = StepResult(
+        1, [i for i, _ in rows], [t for _, t in rows], [0.0], {broken.sequence_id: "not finite"}
+    )
+    progress = {p.sequence.sequence_id: p for p in harness.scheduler.update(result)}
+    assert progress[broken.sequence_id].failure == "not finite"
+    harness.generated[fine.sequence_id].append(progress[fine.sequence_id].token_id)
+    harness.run_until_idle()
+    assert harness.generated[fine.sequence_id] == expected_tokens(fine.request)[0]
+    assert harness.blocks.find([hash_block(b"", [0, 1, 2, 3])]) == []
+
+
+def test_results_out_of_order_are_refused():
+    harness = Harness(100, 4, SchedulerLimits(64, 8))
+    harness.add(make_request([1, 2], 5))
+    harness.scheduler.schedule()
+    with pytest.raises(AssertionError, match="order"):
+        harness.scheduler.update(StepResult(2, [], [], []))
