@@ -65,8 +65,6 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self.num_preemptions = 0
 
-    # ---- arrival and end -------------------------------------------------------------------------------------
-
     def add(self, request: ValidRequest) -> Sequence:
         """Queue a request as a new sequence."""
         sequence = Sequence(self._next_sequence_id, request)
@@ -101,8 +99,6 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Sequences that have not ended: waiting, running, or with their last tokens in flight."""
         return len(self._by_id)
-
-    # ---- planning --------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next plan, or None when there is nothing to compute and nothing to tell the shards."""
@@ -183,8 +179,6 @@ class Scheduler:
         plan.num_preempted += 1
         self.waiting.add(sequence)
 
-    # ---- admission -------------------------------------------------------------------------------------------
-
     def _admit(self, plan: StepPlan) -> None:
         if plan.num_preempted:
             return
@@ -264,8 +258,6 @@ class Scheduler:
         self._to_be_computed.update(sequence.block_hashes[len(hits) :])
         self._prefill(sequence, num_tokens, plan)
 
-    # ---- computing -------------------------------------------------------------------------------------------
-
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         num_blocks = self.blocks.num_blocks_for(sequence.num_computed_tokens + num_tokens)
         return max(0, num_blocks - len(sequence.block_table))
@@ -322,8 +314,6 @@ class Scheduler:
             self._to_be_computed[key] = count - 1
         elif count:
             del self._to_be_computed[key]
-
-    # ---- results ---------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[Progress]:
         """Take a step's tokens in; sequences that end by length or EOS are finished here.
