@@ -58,7 +58,6 @@ class RouterConfig:
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")
-    max_batch_prefill_default: int = internal(4096)
     model_id: str = internal("")
     model_sha: str | None = internal(None)
     revision: str | None = internal(None)

@@ -41,6 +41,14 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanInFlight:
+    """A plan that was sent and has no result yet."""
+
+    plan: StepPlan
+    sent_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced: a token for each sequence that sampled, or why it has none."""
 

@@ -1,6 +1,7 @@
 """What one request's handler reads: the tokens of its sequence as they come, then how it ended."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -46,6 +47,7 @@ class TokenStream:
     """Written by the engine, read by one handler."""
 
     num_prompt_tokens: int
+    sequence_id: int = 0
     timings: Timings = field(default_factory=Timings)
     finish_reason: FinishReason | None = None
     num_generated_tokens: int = 0
@@ -59,14 +61,23 @@ class TokenStream:
         """Whether nothing more will be written."""
         return self.finish_reason is not None or self._error is not None
 
+    def note_scheduled(self, now_ns: int, num_cached_tokens: int) -> None:
+        """The sequence is in a plan; only the first time counts."""
+        if not self.timings.first_scheduled_ns:
+            self.timings.first_scheduled_ns = now_ns
+            self.num_cached_tokens = num_cached_tokens
+
     def write(self, outputs: list[TokenOutput]) -> None:
         """Add tokens and wake the reader."""
+        if not self.timings.first_token_ns:
+            self.timings.first_token_ns = time.monotonic_ns()
         self._outputs += outputs
         self.num_generated_tokens += len(outputs)
         self._wake()
 
     def finish(self, reason: FinishReason) -> None:
         """End the stream well, after the last tokens were written."""
+        self.timings.finished_ns = time.monotonic_ns()
         self.finish_reason = reason
         self._wake()
 

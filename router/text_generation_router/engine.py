@@ -1,0 +1,232 @@
+"""The engine: the loop around the scheduler. Takes requests, keeps two plans in flight, publishes tokens.
+
+The next plan always leaves before the tokens of the last result are turned into text, so that the shards never wait
+for the router's output work.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+
+from text_generation_router.block_manager import BlockManager
+from text_generation_router.config import RouterConfig
+from text_generation_router.errors import GenerationError, IncompleteGeneration, RouterError, ShuttingDown, Unhealthy
+from text_generation_router.limits import Limits, derive_limits, step_limits
+from text_generation_router.metrics import Metrics
+from text_generation_router.output import SequenceOutput
+from text_generation_router.scheduler import Progress, Scheduler, SchedulerLimits
+from text_generation_router.shard_client import ShardClient, ShardFailure
+from text_generation_router.shard_progress import ShardProgress
+from text_generation_router.step import PlanInFlight, StepPlan, StepResult
+from text_generation_router.step_report import StepReport
+from text_generation_router.token_stream import Timings, TokenStream
+from text_generation_router.tokenizer import Tokenizer
+from text_generation_router.valid_request import ValidRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_PLANS_IN_FLIGHT = 2
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_NS = 2_000_000_000
+
+
+class Engine:
+    """One server's scheduler, its shards, and the streams of the requests it serves."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        shards: ShardClient,
+        progress: ShardProgress,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        limits: Limits,
+    ) -> None:
+        self.limits = limits
+        self._scheduler = scheduler
+        self._shards = shards
+        self._progress = progress
+        self._tokenizer = tokenizer
+        self._report = StepReport(metrics, scheduler)
+        self._outputs: dict[int, SequenceOutput] = {}  # by sequence id
+        self._in_flight: deque[PlanInFlight] = deque()
+        self._results: deque[StepResult] = deque()
+        self._wakeup = asyncio.Event()
+        self._failure: ShardFailure | None = None
+        self._is_draining = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._loop_task: asyncio.Task[None] | None = None
+
+    # The requests' side.
+
+    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+        """Queue a request. Raises ShuttingDown while draining and Unhealthy when a shard is gone."""
+        if self._is_draining:
+            raise ShuttingDown
+        if self._failure is not None:
+            raise Unhealthy
+        sequence = self._scheduler.add(request)
+        timings.queued_ns = time.monotonic_ns()
+        stream = TokenStream(sequence.num_prompt_tokens, sequence.sequence_id, timings)
+        self._outputs[sequence.sequence_id] = SequenceOutput(sequence, stream, self._tokenizer)
+        self._is_idle.clear()
+        self._wakeup.set()
+        return stream
+
+    def cancel(self, stream: TokenStream) -> None:
+        """End a request whose client is gone; does nothing when it has ended already."""
+        output = self._outputs.pop(stream.sequence_id, None)
+        if output is not None:
+            self._scheduler.finish(output.sequence)
+            stream.fail(IncompleteGeneration())
+            self._note_idle()
+            self._wakeup.set()
+
+    def start_drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._is_draining = True
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until every request has ended; after `timeout_s` end those left with an error and return False."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            self._fail_all(IncompleteGeneration(": the server is shutting down"))
+            return False
+        return True
+
+    def is_healthy(self) -> bool:
+        """Whether every rank answers and makes progress; cheap, and true however busy the server is."""
+        if self._failure is not None or self._is_draining:
+            return False
+        if self._progress.overdue_rank() is not None:
+            return False
+        if self._in_flight and self._in_flight[0].plan.is_empty:
+            return time.monotonic_ns() - self._in_flight[0].sent_ns < PROBE_TIMEOUT_NS
+        return True
+
+    # The shards' side.
+
+    def start(self) -> None:
+        """Connect to the shards' Run streams and start the loop."""
+        self._shards.start(self._on_result, self._on_failure)
+        self._loop_task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the loop and the connections."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        await self._shards.close()
+
+    def _on_result(self, result: StepResult) -> None:
+        self._results.append(result)
+        self._wakeup.set()
+
+    def _on_failure(self, failure: ShardFailure) -> None:
+        if self._failure is None:
+            logger.error("%s", failure)
+            self._failure = failure
+            self._wakeup.set()
+
+    async def _run(self) -> None:
+        """The loop: receive, update, schedule, send, publish."""
+        try:
+            while self._failure is None:
+                await self._wait_for_work()
+                await self._fill_pipeline()
+                while self._results:
+                    sent = self._in_flight.popleft()
+                    result = self._results.popleft()
+                    progress = self._scheduler.update(result)
+                    await self._fill_pipeline()
+                    self._publish(sent, result, progress)
+        except ShardFailure as failure:
+            self._on_failure(failure)
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            self._on_failure(ShardFailure(f"the engine's loop failed: {error!r}"))
+        self._fail_all(GenerationError("a shard failed"))
+
+    async def _wait_for_work(self) -> None:
+        """Sleep until a request, a result or a failure comes; an idle engine sends a probe now and then."""
+        while not self._wakeup.is_set():
+            try:
+                async with asyncio.timeout(PROBE_INTERVAL_S):
+                    await self._wakeup.wait()
+            except TimeoutError:
+                if not self._in_flight:
+                    await self._send(self._scheduler.probe())
+        self._wakeup.clear()
+
+    async def _fill_pipeline(self) -> None:
+        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and (plan := self._scheduler.schedule()) is not None:
+            await self._send(plan)
+
+    async def _send(self, plan: StepPlan) -> None:
+        now_ns = time.monotonic_ns()
+        self._in_flight.append(PlanInFlight(plan, now_ns))
+        for new in plan.new_sequences:
+            if (output := self._outputs.get(new.sequence_id)) is not None:
+                output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)
+        await self._shards.send(plan)
+        self._report.sent(plan)
+
+    def _publish(self, sent: PlanInFlight, result: StepResult, progress: list[Progress]) -> None:
+        """Turn a step's tokens into text, hand it to the readers, end what has ended, and count."""
+        started_ns = time.monotonic_ns()
+        touched = []
+        for change in progress:
+            output = self._outputs[change.sequence.sequence_id]
+            if change.failure is None:
+                output.push(change.token_id, change.logprob, change.finish_reason)
+                touched.append(output)
+            else:
+                del self._outputs[change.sequence.sequence_id]
+                output.stream.fail(GenerationError(change.failure))
+        texts_done_ns = time.monotonic_ns()
+        for output in touched:
+            output.publish()
+            if output.finish_reason is not None:
+                self._scheduler.finish(output.sequence)
+                del self._outputs[output.sequence.sequence_id]
+        self._report.ended(sent, result, started_ns, texts_done_ns)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._outputs:
+            self._is_idle.set()
+
+    def _fail_all(self, error: RouterError) -> None:
+        outputs, self._outputs = self._outputs, {}
+        for output in outputs.values():
+            self._scheduler.finish(output.sequence)
+            output.stream.fail(error)
+        self._note_idle()
+        self._wakeup.set()
+
+
+async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics) -> Engine:
+    """Connect to the shards, warm them up, derive the limits and start the engine.
+
+    Raises ShardFailure when a shard does not answer or the limits do not fit its memory, and InvalidLimits when
+    they contradict the model.
+    """
+    shards = ShardClient(config.shard_uds_path, config.world_size)
+    info = await shards.info()
+    max_step_tokens, max_num_sequences = step_limits(config, info)
+    num_blocks = await shards.warm_up(
+        max_step_tokens, max_num_sequences, config.max_total_tokens or 0, config.max_batch_total_tokens or 0
+    )
+    limits = derive_limits(config, info, num_blocks)
+    blocks = BlockManager(num_blocks, info.block_size, config.prefix_caching)
+    scheduler = Scheduler(SchedulerLimits(max_step_tokens, max_num_sequences), blocks, tokenizer.eos_token_ids)
+    metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
+    metrics.set_capacity(num_blocks * info.block_size)
+    progress = ShardProgress(config.run_folder, config.world_size)
+    engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits)
+    engine.start()
+    return engine

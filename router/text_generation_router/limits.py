@@ -1,0 +1,55 @@
+"""The limits on requests and steps: what the user set, or what model and KV memory allow."""
+
+from dataclasses import dataclass
+
+from text_generation_router.config import RouterConfig
+from text_generation_router.shard_client import ShardInfo
+
+DEFAULT_MAX_STEP_TOKENS = 4096
+DEFAULT_MAX_NUM_SEQUENCES = 256
+
+
+class InvalidLimits(Exception):
+    """Limits that contradict each other, the model or the memory; the text names the flag and what fits."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for, known once the shards are warm."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    vocab_size: int  # the logits' width: every token id is below it
+    max_kv_tokens: int  # tokens that fit in KV memory
+    device_name: str
+
+
+def step_limits(config: RouterConfig, info: ShardInfo) -> tuple[int, int]:
+    """The token budget of a step, and the most sequences in a batch.
+
+    A full batch of decodes leaves at least half of the budget to prefill.
+    """
+    budget = config.max_batch_prefill_tokens or min(DEFAULT_MAX_STEP_TOKENS, info.max_position_embeddings)
+    return budget, max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
+
+
+def derive_limits(config: RouterConfig, info: ShardInfo, num_blocks: int) -> Limits:
+    """Fit the limits on requests to the model and the KV memory; raises InvalidLimits."""
+    max_kv_tokens = num_blocks * info.block_size
+    max_total = config.max_total_tokens
+    if max_total is None:
+        max_total = min(info.max_position_embeddings, max_kv_tokens)
+        if config.max_input_tokens is not None and config.max_input_tokens >= max_total:
+            raise InvalidLimits(
+                f"--max-input-tokens {config.max_input_tokens} does not fit: sequences may have {max_total} tokens"
+            )
+    if max_total > info.max_position_embeddings:
+        raise InvalidLimits(
+            f"--max-total-tokens {max_total} is more than the {info.max_position_embeddings} positions of the model"
+        )
+    if max_total > max_kv_tokens:
+        raise InvalidLimits(f"--max-total-tokens {max_total} is more than the {max_kv_tokens} tokens of KV memory")
+    max_input = max_total - 1 if config.max_input_tokens is None else config.max_input_tokens
+    if not 1 <= max_input < max_total:
+        raise InvalidLimits(f"--max-input-tokens {max_input} must be below --max-total-tokens {max_total}")
+    return Limits(max_input, max_total, info.vocab_size, max_kv_tokens, info.device_name)

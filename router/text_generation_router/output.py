@@ -1,0 +1,48 @@
+"""Turns a sequence's token ids into the text its client sees, and finds the stop strings in it."""
+
+from text_generation_router.detokenizer import Detokenizer
+from text_generation_router.sequence import Sequence
+from text_generation_router.stop_strings import StopStrings
+from text_generation_router.token_stream import FinishReason, TokenOutput, TokenStream
+from text_generation_router.tokenizer import Tokenizer
+
+
+class SequenceOutput:
+    """One sequence's way from token ids to its stream: `push` makes text of a token, `publish` hands it out."""
+
+    def __init__(self, sequence: Sequence, stream: TokenStream, tokenizer: Tokenizer) -> None:
+        request = sequence.request
+        self.sequence = sequence
+        self.stream = stream
+        self.finish_reason: FinishReason | None = None
+        self._outputs: list[TokenOutput] = []
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.vocabulary, request.token_ids)
+        self._stop_strings = (
+            StopStrings(request.stop_strings, request.keep_stop_string) if request.stop_strings else None
+        )
+
+    def push(self, token_id: int, logprob: float, reason: FinishReason | None) -> None:
+        """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
+        is_special = self._tokenizer.is_special(token_id)
+        text = self._detokenizer.push(token_id)
+        is_last = reason is not None
+        if is_last:
+            text += self._detokenizer.flush()
+        if self._stop_strings is not None:
+            text, has_stopped = self._stop_strings.push(
+                text, self._tokenizer.token_text(token_id) if is_special else ""
+            )
+            if has_stopped:
+                reason = reason or FinishReason.STOP_SEQUENCE
+            elif is_last:
+                text += self._stop_strings.flush()
+        self._outputs.append(TokenOutput(token_id, logprob, text, is_special))
+        self.finish_reason = reason
+
+    def publish(self) -> None:
+        """Write to the stream, once a step, what was pushed."""
+        outputs, self._outputs = self._outputs, []
+        self.stream.write(outputs)
+        if self.finish_reason is not None:
+            self.stream.finish(self.finish_reason)

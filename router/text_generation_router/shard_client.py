@@ -1,0 +1,174 @@
+"""Sends each plan to every rank and takes rank 0's results: the router's end of the Run stream."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from text_generation_proto import shard_pb2 as pb
+from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address
+from text_generation_proto.columns import pack_int32, unpack_float32, unpack_int32
+from text_generation_proto.shard_pb2_grpc import ShardStub
+
+from text_generation_router.step import NewSequence, StepPlan, StepResult
+
+_RUN_METHOD = "/text_generation.shard.v1.Shard/Run"
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ShardFailure(Exception):
+    """A rank is gone, or ended its stream."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the shards say of the model they hold (the fields of shard.proto's InfoReply)."""
+
+    model_type: str
+    dtype: str
+    device_name: str
+    vocab_size: int
+    max_position_embeddings: int
+    block_size: int
+
+
+def pack_plan(plan: StepPlan) -> bytes:
+    """A plan as it goes over the wire."""
+    return pb.StepPlan(
+        step=plan.step,
+        removed_sequence_ids=pack_int32(plan.removed_sequence_ids),
+        new_sequences=[_pack_sequence(sequence) for sequence in plan.new_sequences],
+        grown_sequence_ids=pack_int32(plan.grown_sequence_ids),
+        grown_num_blocks=pack_int32(plan.grown_num_blocks),
+        grown_block_ids=pack_int32(plan.grown_block_ids),
+        prefill_sequence_ids=pack_int32(plan.prefill_sequence_ids),
+        prefill_num_tokens=pack_int32(plan.prefill_num_tokens),
+    ).SerializeToString()
+
+
+def _pack_sequence(sequence: NewSequence) -> pb.NewSequence:
+    sampling = sequence.sampling
+    return pb.NewSequence(
+        sequence_id=sequence.sequence_id,
+        token_ids=pack_int32(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_computed_tokens=sequence.num_computed_tokens,
+        block_ids=pack_int32(sequence.block_ids),
+        sampling=pb.SamplingParameters(
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed
+        ),
+    )
+
+
+def unpack_result(message: pb.StepResult) -> StepResult:
+    """A result as the scheduler reads it; each row is one token."""
+    failed = unpack_int32(message.failed_sequence_ids).tolist()
+    return StepResult(
+        step=message.step,
+        sequence_ids=unpack_int32(message.sequence_ids).tolist(),
+        token_ids=unpack_int32(message.token_ids).tolist(),
+        logprobs=unpack_float32(message.logprobs).tolist(),
+        failures=dict(zip(failed, message.failure_messages, strict=True)),
+        forward_ns=message.forward_ns,
+        sample_ns=message.sample_ns,
+        step_ns=message.step_ns,
+    )
+
+
+class ShardClient:
+    """One connection to each rank of a tensor-parallel group."""
+
+    def __init__(self, uds_path: str, world_size: int) -> None:
+        # One connection a rank: channels in one process would share it otherwise, and with it a broken stream.
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [
+            grpc.aio.insecure_channel(shard_address(uds_path, rank), options=options) for rank in range(world_size)
+        ]
+        self._stubs = [ShardStub(channel) for channel in self._channels]
+        self._streams: list[grpc.aio.StreamStreamCall] = []
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def info(self) -> ShardInfo:
+        """The dimensions of the loaded model; raises ShardFailure when a rank does not answer."""
+        request = pb.InfoRequest()
+        replies = await self._ask_all(
+            [stub.Info(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True) for stub in self._stubs]
+        )
+        reply = replies[0]
+        if [(other.rank, other.world_size) for other in replies] != [(r, len(replies)) for r in range(len(replies))]:
+            raise ShardFailure("the shards do not form one group of ranks")
+        return ShardInfo(
+            model_type=reply.model_type,
+            dtype=reply.dtype,
+            device_name=reply.device_name,
+            vocab_size=reply.vocab_size,
+            max_position_embeddings=reply.max_position_embeddings,
+            block_size=reply.block_size,
+        )
+
+    async def warm_up(
+        self, max_step_tokens: int, max_num_sequences: int, max_sequence_length: int, max_kv_tokens: int
+    ) -> int:
+        """Let every rank run its worst case and allocate KV memory; returns the number of blocks.
+
+        `max_sequence_length` and `max_kv_tokens` of 0 mean: no demand, no limit. Raises ShardFailure with the
+        shard's reason when the limits do not fit its memory.
+        """
+        request = pb.WarmupRequest(
+            max_step_tokens=max_step_tokens,
+            max_num_sequences=max_num_sequences,
+            max_sequence_length=max_sequence_length,
+            max_kv_tokens=max_kv_tokens,
+        )
+        replies = await self._ask_all([stub.Warmup(request) for stub in self._stubs])
+        assert len({reply.num_blocks for reply in replies}) == 1, "ranks disagree on the number of blocks"
+        return int(replies[0].num_blocks)
+
+    @staticmethod
+    async def _ask_all(calls: list[Any]) -> list[Any]:
+        try:
+            return list(await asyncio.gather(*calls))
+        except grpc.aio.AioRpcError as error:
+            raise ShardFailure(error.details() or error.code().name) from None
+
+    def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[ShardFailure], None]) -> None:
+        """Open the Run stream of every rank; results and the first failure are handed to the callbacks."""
+        for rank, channel in enumerate(self._channels):
+            # Plans are packed once for all ranks, so they go out as bytes.
+            run = channel.stream_stream(_RUN_METHOD, response_deserializer=pb.StepResult.FromString)
+            stream = run()
+            self._streams.append(stream)
+            self._readers.append(asyncio.create_task(self._read(rank, stream, on_result, on_failure)))
+
+    @staticmethod
+    async def _read(
+        rank: int,
+        stream: grpc.aio.StreamStreamCall,
+        on_result: Callable[[StepResult], None],
+        on_failure: Callable[[ShardFailure], None],
+    ) -> None:
+        try:
+            async for message in stream:
+                on_result(unpack_result(message))
+            reason = "the stream ended"
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name
+        on_failure(ShardFailure(f"shard {rank}: {reason}"))
+
+    async def send(self, plan: StepPlan) -> None:
+        """Write a plan to every rank; raises ShardFailure when a stream is gone."""
+        packed = pack_plan(plan)
+        try:
+            for stream in self._streams:
+                await stream.write(packed)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardFailure(f"a plan could not be sent: {error}") from None
+
+    async def close(self) -> None:
+        """End the streams and connections."""
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
