@@ -180,7 +180,9 @@ class Engine:
         started_ns = time.monotonic_ns()
         touched = []
         for change in progress:
-            output = self._outputs[change.sequence.sequence_id]
+            output = self._outputs.get(change.sequence.sequence_id)
+            if output is None:
+                continue  # its client left while the next plan was being sent
             if change.failure is None:
                 output.push(change.token_id, change.logprob, change.finish_reason)
                 touched.append(output)

