@@ -1,0 +1,312 @@
+"""The persistent batch: one row a sequence, in columns of fixed capacity.
+
+Applies a plan's changes, lays the step out as flat arrays for the model, and takes the sampled tokens back.
+Row numbers are internal; everything outside speaks of sequence ids. All that a plan names is checked here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from text_generation_proto.columns import Float32Array, Int32Array
+
+from text_generation_shard.step import NewSequence, PlanError, StepPlan
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What bounds a plan."""
+
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    max_num_sequences: int
+    max_step_tokens: int
+    max_sequence_length: int
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        """Width of the block table matrix."""
+        return -(-self.max_sequence_length // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step laid out for the model: sequences in batch order, their tokens one after another."""
+
+    rows: Int64Array  # [num_sequences] batch rows that compute something
+    input_ids: Int64Array  # [num_tokens]
+    positions: Int64Array  # [num_tokens]
+    slot_mapping: Int64Array  # [num_tokens]
+    query_starts: Int32Array  # [num_sequences + 1]
+    sequence_lengths: Int32Array  # [num_sequences] tokens attended to, this step's included
+    block_tables: Int32Array  # [num_sequences, most blocks of one of them]
+    max_query_length: int
+    max_sequence_length: int
+    sampling_rows: Int64Array  # [num_samples] batch rows that reach their last known token
+    sampling_indices: Int64Array  # [num_samples] the flat index of that token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return len(self.input_ids)
+
+
+class InputBatch:
+    """Rows 0 … num_sequences - 1 are in use; a removed row's place is taken by the last one."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        capacity = limits.max_num_sequences
+        self.limits = limits
+        self.num_sequences = 0
+        self.sequence_ids = np.zeros(capacity, np.int32)
+        self.num_known_tokens = np.zeros(capacity, np.int32)  # sent by the router; later ones were sampled here
+        self.num_computed_tokens = np.zeros(capacity, np.int32)
+        self.last_token_ids = np.zeros(capacity, np.int64)  # a decoding row's next input
+        self.num_blocks = np.zeros(capacity, np.int32)
+        self.block_tables = np.zeros((capacity, limits.max_blocks_per_sequence), np.int32)
+        self.temperatures = np.zeros(capacity, np.float32)
+        self.top_k = np.zeros(capacity, np.int64)
+        self.top_p = np.ones(capacity, np.float32)
+        self.seeds = np.zeros(capacity, np.uint64)
+        self._columns: tuple[npt.NDArray[np.generic], ...] = (
+            self.sequence_ids,
+            self.num_known_tokens,
+            self.num_computed_tokens,
+            self.last_token_ids,
+            self.num_blocks,
+            self.block_tables,
+            self.temperatures,
+            self.top_k,
+            self.top_p,
+            self.seeds,
+        )
+        self._known_tokens: dict[int, Int32Array] = {}  # sequence id -> tokens, until all are computed
+        self._rows: dict[int, int] = {}  # sequence id -> row
+        # Failed sequences left the batch; the router may name them until it learns of it and removes them.
+        self._failed_ids: set[int] = set()
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self.num_sequences = 0
+        self._rows.clear()
+        self._known_tokens.clear()
+        self._failed_ids.clear()
+
+    def apply(self, plan: StepPlan) -> dict[int, str]:
+        """Apply a plan's changes; answers the new sequences that are refused, with the reason."""
+        for sequence_id in plan.removed_sequence_ids.tolist():
+            if sequence_id in self._failed_ids:
+                self._failed_ids.remove(sequence_id)
+            else:
+                self._remove(sequence_id)
+        failures = {}
+        for sequence in plan.new_sequences:
+            if reason := self._add(sequence):
+                failures[sequence.sequence_id] = reason
+        self._grow(plan)
+        return failures
+
+    def prepare(self, plan: StepPlan) -> StepInputs | None:
+        """Lay out the step; None when no sequence computes anything."""
+        query_lengths = self._query_lengths(plan)
+        rows = np.flatnonzero(query_lengths)
+        if not len(rows):
+            return None
+        lengths = query_lengths[rows]
+        query_starts = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=query_starts[1:])
+        num_computed = self.num_computed_tokens[rows]
+        sequence_lengths = num_computed + lengths
+        self._check_capacity(rows, sequence_lengths, int(query_starts[-1]))
+
+        token_rows = np.repeat(rows, lengths)
+        positions = np.arange(len(token_rows)) - np.repeat(query_starts[:-1] - num_computed, lengths)
+        block_size = self.limits.block_size
+        slots = self.block_tables[token_rows, positions // block_size].astype(np.int64) * block_size
+        input_ids = self.last_token_ids[token_rows]
+        for sequence_id in plan.prefill_sequence_ids.tolist():
+            if sequence_id not in self._failed_ids:
+                self._copy_known_tokens(sequence_id, rows, query_starts, input_ids)
+
+        max_length = int(sequence_lengths.max())
+        is_sampling = sequence_lengths >= self.num_known_tokens[rows]
+        return StepInputs(
+            rows=rows,
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=slots + positions % block_size,
+            query_starts=query_starts,
+            sequence_lengths=sequence_lengths,
+            block_tables=self._tables(rows, -(-max_length // block_size)),
+            max_query_length=int(lengths.max()),
+            max_sequence_length=max_length,
+            sampling_rows=rows[is_sampling],
+            sampling_indices=query_starts[1:][is_sampling].astype(np.int64) - 1,
+        )
+
+    def advance(self, inputs: StepInputs, token_ids: Int64Array, is_valid: BoolArray) -> Int32Array:
+        """Take a step's tokens, one for each sampling row; rows without a valid one leave the batch.
+
+        Answers the sequence ids of the sampling rows.
+        """
+        self.num_computed_tokens[inputs.rows] = inputs.sequence_lengths
+        self.last_token_ids[inputs.sampling_rows] = token_ids
+        sequence_ids = self.sequence_ids[inputs.sampling_rows]
+        for sequence_id in sequence_ids.tolist() if self._known_tokens else ():
+            self._known_tokens.pop(sequence_id, None)
+        for sequence_id in sequence_ids[~is_valid].tolist():
+            self._remove(sequence_id)
+            self._failed_ids.add(sequence_id)
+        return sequence_ids
+
+    def _remove(self, sequence_id: int) -> None:
+        row = self._rows.pop(sequence_id, None)
+        if row is None:
+            raise PlanError(f"sequence {sequence_id} is removed but not in the batch")
+        self._known_tokens.pop(sequence_id, None)
+        self.num_sequences -= 1
+        last = self.num_sequences
+        if row != last:
+            for column in self._columns:
+                column[row] = column[last]
+            self._rows[int(self.sequence_ids[row])] = row
+
+    def _add(self, sequence: NewSequence) -> str | None:
+        """Add a row; answers why the sequence fails alone, if it does."""
+        sequence_id = sequence.sequence_id
+        if sequence_id in self._rows or sequence_id in self._failed_ids:
+            raise PlanError(f"sequence {sequence_id} is new but already in the batch")
+        num_tokens = len(sequence.token_ids)
+        if not 0 <= sequence.num_computed_tokens < num_tokens:
+            raise PlanError(f"sequence {sequence_id} has {num_tokens} tokens, {sequence.num_computed_tokens} computed")
+        if not 1 <= sequence.num_prompt_tokens <= num_tokens:
+            raise PlanError(f"sequence {sequence_id} has {sequence.num_prompt_tokens} of {num_tokens} prompt tokens")
+        self._check_block_ids(sequence.block_ids)
+        if reason := self._reason_to_refuse(sequence):
+            self._failed_ids.add(sequence_id)
+            return reason
+        if self.num_sequences == self.limits.max_num_sequences:
+            raise PlanError(f"more than {self.limits.max_num_sequences} sequences in the batch")
+        row = self.num_sequences
+        self.num_sequences += 1
+        self._rows[sequence_id] = row
+        self._known_tokens[sequence_id] = sequence.token_ids
+        self.sequence_ids[row] = sequence_id
+        self.num_known_tokens[row] = num_tokens
+        self.num_computed_tokens[row] = sequence.num_computed_tokens
+        self.last_token_ids[row] = 0
+        self.num_blocks[row] = 0
+        self._append_blocks(row, sequence.block_ids)
+        self.temperatures[row] = sequence.temperature
+        self.top_k[row] = min(sequence.top_k, self.limits.vocab_size)
+        self.top_p[row] = sequence.top_p
+        self.seeds[row] = sequence.seed
+        return None
+
+    def _reason_to_refuse(self, sequence: NewSequence) -> str | None:
+        """What is wrong with a sequence that a client may have caused: it ends that request alone."""
+        token_ids = sequence.token_ids
+        if len(token_ids) > self.limits.max_sequence_length:
+            return f"{len(token_ids)} tokens, but at most {self.limits.max_sequence_length} fit a sequence"
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.limits.vocab_size:
+            return f"a token id is outside the vocabulary of {self.limits.vocab_size}"
+        if not 0.0 <= sequence.temperature < float("inf"):
+            return f"temperature is {sequence.temperature}"
+        if sequence.temperature > 0.0 and not 0.0 < sequence.top_p <= 1.0:
+            return f"top_p is {sequence.top_p}"
+        return None
+
+    def _grow(self, plan: StepPlan) -> None:
+        """Append blocks to the tables that grow."""
+        counts = plan.grown_num_blocks
+        if len(counts) != len(plan.grown_sequence_ids):
+            raise PlanError(f"{len(plan.grown_sequence_ids)} sequences grow, but {len(counts)} say by how much")
+        if not len(counts):
+            if len(plan.grown_block_ids):
+                raise PlanError("blocks without a sequence that grows")
+            return
+        if int(counts.min()) < 1 or int(counts.sum(dtype=np.int64)) != len(plan.grown_block_ids):
+            raise PlanError(f"grown_num_blocks does not add up to {len(plan.grown_block_ids)} blocks")
+        self._check_block_ids(plan.grown_block_ids)
+        start = 0
+        for sequence_id, count in zip(plan.grown_sequence_ids.tolist(), counts.tolist(), strict=True):
+            if sequence_id not in self._failed_ids:
+                self._append_blocks(self._row(sequence_id), plan.grown_block_ids[start : start + count])
+            start += count
+
+    def _append_blocks(self, row: int, block_ids: Int32Array) -> None:
+        start = int(self.num_blocks[row])
+        end = start + len(block_ids)
+        if end > self.limits.max_blocks_per_sequence:
+            raise PlanError(
+                f"sequence {self.sequence_ids[row]} has {end} blocks,"
+                f" but at most {self.limits.max_blocks_per_sequence} fit a sequence"
+            )
+        self.block_tables[row, start:end] = block_ids
+        self.num_blocks[row] = end
+
+    def _query_lengths(self, plan: StepPlan) -> Int32Array:
+        """Tokens each row computes: one where all known tokens are computed, else what the plan names."""
+        in_use = slice(self.num_sequences)
+        query_lengths = (self.num_computed_tokens[in_use] >= self.num_known_tokens[in_use]).astype(np.int32)
+        if len(plan.prefill_sequence_ids) != len(plan.prefill_num_tokens):
+            raise PlanError("prefill_sequence_ids and prefill_num_tokens differ in length")
+        for sequence_id, count in zip(
+            plan.prefill_sequence_ids.tolist(), plan.prefill_num_tokens.tolist(), strict=True
+        ):
+            if sequence_id in self._failed_ids:
+                continue
+            row = self._row(sequence_id)
+            num_left = int(self.num_known_tokens[row]) - int(self.num_computed_tokens[row])
+            if query_lengths[row] or not 1 <= count <= num_left:
+                raise PlanError(
+                    f"sequence {sequence_id} is to compute {count} known tokens, but {num_left} are left"
+                    + (" and it already computes in this step" if query_lengths[row] else "")
+                )
+            query_lengths[row] = count
+        return query_lengths
+
+    def _copy_known_tokens(
+        self, sequence_id: int, rows: Int64Array, query_starts: Int32Array, input_ids: Int64Array
+    ) -> None:
+        """Fill in the input ids of a sequence that computes known tokens."""
+        row = self._rows[sequence_id]
+        index = int(np.searchsorted(rows, row))
+        start, end = int(query_starts[index]), int(query_starts[index + 1])
+        num_computed = int(self.num_computed_tokens[row])
+        input_ids[start:end] = self._known_tokens[sequence_id][num_computed : num_computed + end - start]
+
+    def _tables(self, rows: Int64Array, num_blocks: int) -> Int32Array:
+        """The leading blocks of some rows' tables; a view where all rows take part, as in steady decode."""
+        tables = self.block_tables[: self.num_sequences, :num_blocks]
+        return tables if len(rows) == self.num_sequences else tables[rows]
+
+    def _check_capacity(self, rows: Int64Array, sequence_lengths: Int32Array, num_tokens: int) -> None:
+        if num_tokens > self.limits.max_step_tokens:
+            raise PlanError(f"{num_tokens} tokens in a step of at most {self.limits.max_step_tokens}")
+        missing = sequence_lengths > self.num_blocks[rows] * self.limits.block_size
+        if missing.any():
+            row = rows[missing][0]
+            raise PlanError(
+                f"sequence {self.sequence_ids[row]} needs room for {sequence_lengths[missing][0]} tokens,"
+                f" but has {self.num_blocks[row]} blocks"
+            )
+
+    def _check_block_ids(self, block_ids: Int32Array) -> None:
+        if len(block_ids) and (int(block_ids.min()) < 0 or int(block_ids.max()) >= self.limits.num_blocks):
+            raise PlanError(f"a block id is outside the {self.limits.num_blocks} blocks")
+
+    def _row(self, sequence_id: int) -> int:
+        row = self._rows.get(sequence_id)
+        if row is None:
+            raise PlanError(f"sequence {sequence_id} is not in the batch")
+        return row
+
+
+def sampling_columns(batch: InputBatch, rows: Int64Array) -> tuple[Float32Array, Int64Array, Float32Array, Int64Array]:
+    """Temperature, top-k, top-p and seed of some rows; seeds are the same 64 bits as signed integers."""
+    return batch.temperatures[rows], batch.top_k[rows], batch.top_p[rows], batch.seeds[rows].view(np.int64)

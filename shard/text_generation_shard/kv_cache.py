@@ -1,0 +1,114 @@
+"""KV memory: what a block costs, how many blocks fit this rank, and the tensors themselves."""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BLOCK_SIZE = 16
+
+# On a CPU the KV cache shares memory with everything else on the machine: by default it takes at most this much,
+# and at most a quarter of what the container may use or half of what is free.
+DEFAULT_CPU_KV_BYTES = 4 * 2**30
+
+KvCaches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Shape of this rank's KV memory."""
+
+    num_layers: int
+    num_kv_heads: int  # of this rank
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int = BLOCK_SIZE
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV memory of one token on this rank."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_block(self) -> int:
+        """KV memory of one block on this rank."""
+        return self.bytes_per_token * self.block_size
+
+
+def allocate_kv_caches(layout: KvLayout, num_blocks: int, device: torch.device) -> KvCaches:
+    """One key and one value tensor a layer, zeroed: attention multiplies what was never written by zero."""
+    shape = (num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
+
+    def allocate() -> torch.Tensor:
+        if device.type == "cpu":
+            return _allocate_on_touch(shape, layout.dtype)
+        return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+    return [(allocate(), allocate()) for _ in range(layout.num_layers)]
+
+
+def _allocate_on_touch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeroed memory that the kernel hands out page by page as it is first written.
+
+    Filling 4 GiB with zeros would take longer than all the rest of start-up.
+    """
+    num_elements = 1
+    for length in shape:
+        num_elements *= length
+    memory = mmap.mmap(-1, num_elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype, count=num_elements).view(shape)
+
+
+def cpu_kv_bytes(configured_bytes: int, world_size: int) -> int:
+    """Bytes of KV memory for one of `world_size` ranks on this machine's CPU; `configured_bytes` is a rank's."""
+    if configured_bytes > 0:
+        return configured_bytes
+    budget = min(memory_limit_bytes() // 4, _meminfo_bytes("MemAvailable") // 2, DEFAULT_CPU_KV_BYTES)
+    return budget // world_size
+
+
+def cuda_kv_bytes(memory_fraction: float, device: torch.device) -> int:
+    """Bytes of KV memory on a GPU: what is free of `memory_fraction` of it, after the worst-case pass."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    # The allocator keeps what the pass took, to use it again.
+    kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    peak_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    used_bytes = total_bytes - free_bytes - kept_bytes
+    return max(0, int(total_bytes * memory_fraction) - used_bytes - peak_bytes)
+
+
+def memory_limit_bytes(root: Path = Path("/")) -> int:
+    """Memory this process may use: the smallest limit of its control groups (v2 or v1), or the machine's."""
+    limits = [_meminfo_bytes("MemTotal", root)]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            folder, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A container often sees its own group mounted as the top one.
+        parts = Path(group.lstrip("/")).parts
+        for depth in range(len(parts) + 1):
+            for text in _lines(folder.joinpath(*parts[:depth], name)):
+                if text.isdecimal():
+                    limits.append(int(text))
+    return min(limits)
+
+
+def _meminfo_bytes(name: str, root: Path = Path("/")) -> int:
+    for line in _lines(root / "proc/meminfo"):
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/meminfo does not tell {name}")
+
+
+def _lines(path: Path) -> list[str]:
+    """A small system file's lines; none if it is not there."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,86 @@
+"""The progress file: what this rank is doing, for others to read without asking it.
+
+`<run_folder>/progress-<rank>` is 32 bytes, four little-endian unsigned 64-bit integers:
+
+    step, started_ns, deadline_ns, ended_ns
+
+Times are CLOCK_MONOTONIC, which all processes of a machine share. A step is running while ended_ns < started_ns,
+and stuck once the clock has passed deadline_ns as well. All are 0 until the first step. Each word is stored in
+one piece, and started_ns is stored last when a step starts, so a running step never shows an old deadline.
+"""
+
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+
+_NUM_BYTES = 32
+_STEP, _STARTED, _DEADLINE, _ENDED = range(4)
+
+GRACE_NS = 2_000_000_000
+FIRST_USE_NS = 30_000_000_000
+
+
+class StepTimes:
+    """Predicts how long a step takes, from the steps of its size class so far.
+
+    A class is the order of magnitude (a power of two) of the tokens computed and of the tokens attended to. Its
+    prediction is the longest step seen, fading by a 64th a step, so that one slow step is not kept for ever.
+    """
+
+    def __init__(self) -> None:
+        self._longest_ns: dict[tuple[int, int], int] = {}
+
+    def allowance_ns(self, size_class: tuple[int, int]) -> int:
+        """How long a step may take: 2 s + 4 x the prediction, and 30 s more for the first of its class."""
+        longest_ns = self._longest_ns.get(size_class)
+        return GRACE_NS + (FIRST_USE_NS if longest_ns is None else 4 * longest_ns)
+
+    def record(self, size_class: tuple[int, int], duration_ns: int) -> None:
+        """Note how long a step took."""
+        longest_ns = self._longest_ns.get(size_class, 0)
+        self._longest_ns[size_class] = max(duration_ns, longest_ns - longest_ns // 64)
+
+
+class ProgressFile:
+    """Writes one rank's progress file."""
+
+    def __init__(self, run_folder: str | Path, rank: int) -> None:
+        if sys.byteorder != "little":
+            raise RuntimeError("the progress file needs a little-endian machine")
+        self._times = StepTimes()
+        self._size_class = (0, 0)
+        path = Path(run_folder) / f"progress-{rank}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, _NUM_BYTES)
+            self._map = mmap.mmap(descriptor, _NUM_BYTES)
+        finally:
+            os.close(descriptor)
+        self._words = memoryview(self._map).cast("Q")
+
+    def start(self, step: int, num_tokens: int, num_attended_tokens: int) -> None:
+        """A step starts that computes `num_tokens` and reads the keys and values of `num_attended_tokens`."""
+        self._size_class = (num_tokens.bit_length(), num_attended_tokens.bit_length())
+        now = time.monotonic_ns()
+        self._words[_DEADLINE] = now + self._times.allowance_ns(self._size_class)
+        self._words[_STEP] = step
+        self._words[_STARTED] = now
+
+    def end(self) -> None:
+        """The step has ended."""
+        now = time.monotonic_ns()
+        self._times.record(self._size_class, now - self._words[_STARTED])
+        self._words[_ENDED] = now
+
+    def fail(self) -> None:
+        """The rank is about to exit: whatever it was doing is overdue from now on."""
+        now = time.monotonic_ns()
+        self._words[_DEADLINE] = now
+        self._words[_STARTED] = max(now, self._words[_ENDED] + 1)
+
+    def close(self) -> None:
+        """Unmap the file; it stays for others to read."""
+        self._words.release()
+        self._map.close()

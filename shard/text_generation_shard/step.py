@@ -1,0 +1,57 @@
+"""What a shard is told to do in one step and what it answers: shard.proto's messages as plain arrays."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from text_generation_proto.columns import Float32Array, Int32Array
+
+NO_INTS: Int32Array = np.empty(0, np.int32)
+NO_FLOATS: Float32Array = np.empty(0, np.float32)
+
+
+class PlanError(ValueError):
+    """A plan that breaks the protocol; it ends the stream, for nothing that follows it can be trusted."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence in full: when it joins the batch, and again when it returns after a preemption."""
+
+    sequence_id: int
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: Int32Array
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step, as differences from the one before."""
+
+    step: int
+    removed_sequence_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    new_sequences: tuple[NewSequence, ...] = ()
+    grown_sequence_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    grown_num_blocks: Int32Array = field(default_factory=lambda: NO_INTS)
+    grown_block_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    prefill_sequence_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    prefill_num_tokens: Int32Array = field(default_factory=lambda: NO_INTS)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A token for each sequence that sampled, or why it has none."""
+
+    step: int
+    sequence_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    token_ids: Int32Array = field(default_factory=lambda: NO_INTS)
+    logprobs: Float32Array = field(default_factory=lambda: NO_FLOATS)
+    failures: dict[int, str] = field(default_factory=dict)
+    num_tokens: int = 0  # computed by the step, prompt tokens included
+    forward_ns: int = 0
+    sample_ns: int = 0
+    step_ns: int = 0
