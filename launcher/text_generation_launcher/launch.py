@@ -1,0 +1,219 @@
+"""The life of one server: resolve the model, start the shards, start the router, watch, stop."""
+
+import dataclasses
+import http.client
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from text_generation_router.config import RouterConfig
+from text_generation_shard.config import ShardConfig
+
+from text_generation_launcher import defaults
+from text_generation_launcher.cli import Settings
+from text_generation_launcher.errors import ChildDied, LauncherError
+from text_generation_launcher.gpus import choose_num_shards, count_gpus, num_cores, visible_gpus
+from text_generation_launcher.logs import LogWriter
+from text_generation_launcher.model import ResolvedModel, read_answer, tokenizer_folder
+from text_generation_launcher.places import Places, answers, free_port, private_places
+from text_generation_launcher.processes import KILL_GRACE_S, Child, StopRequested, Supervisor
+from text_generation_launcher.timeline import Timeline
+
+# Older names of HF_TOKEN.
+_TOKEN_VARIABLES = ("HF_TOKEN", "HF_API_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_ROUTER_KILL_GRACE_S = 2.0
+
+log = logging.getLogger("text_generation_launcher")
+
+
+@dataclass(frozen=True)
+class Commands:
+    """How each kind of child is started; tests put their own in."""
+
+    model_files: tuple[str, ...] = (sys.executable, "-m", "text_generation_shard.model_files")
+    shard: tuple[str, ...] = (sys.executable, "-m", "text_generation_shard", "serve")
+    router: tuple[str, ...] = (sys.executable, "-m", "text_generation_router")
+
+
+class Launch:
+    """One run of the server, from settings to exit code."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        environment: Mapping[str, str],
+        writer: LogWriter,
+        timeline: Timeline,
+        log_level: str = "info",
+        commands: Commands | None = None,
+    ) -> None:
+        self._settings = settings
+        self._config = settings.launcher
+        self._environment = environment
+        self._writer = writer
+        self._timeline = timeline
+        self._log_level = log_level
+        self._commands = commands or Commands()
+        self._router: Child | None = None
+
+    def run(self) -> int:
+        """Serve until asked to stop (0) or until something fails (1)."""
+        try:
+            router_config = defaults.check(self._settings, self._environment)
+            num_gpus = len(visible_gpus(self._environment, count_gpus()))
+            num_shards = choose_num_shards(self._config, num_gpus)
+            with (
+                private_places(self._config.shard_uds_path, num_shards) as places,
+                Supervisor(self._writer, [places.run_folder, *places.sockets]) as supervisor,
+            ):
+                self._serve(supervisor, places, router_config, is_cpu=num_gpus == 0)
+        except LauncherError as error:
+            log.error("%s", error)
+            return 1
+        log.info("Stopped")
+        return 0
+
+    def _serve(self, supervisor: Supervisor, places: Places, router_config: RouterConfig, is_cpu: bool) -> None:
+        """Start everything, then watch; returns once stopped as asked."""
+        try:
+            self._timeline.end_phase("settings")
+            model = self._resolve_model(supervisor, places)
+            defaults.check_model(router_config, model.config, len(places.sockets))
+            router_config = defaults.fit_step_to_device(router_config, model.config, is_cpu)
+            self._start_shards(supervisor, model, places, is_cpu)
+            self._start_router(supervisor, model, places, router_config)
+            supervisor.watch()
+        except StopRequested:
+            log.info("Stopping: the router first, for at most %d s", self._config.graceful_termination_timeout)
+            self._stop(supervisor)
+        except ChildDied as death:
+            supervisor.stop(supervisor.children, KILL_GRACE_S)
+            if death.last_lines:
+                log.error("Its last lines:\n%s", "\n".join(death.last_lines))
+            raise
+
+    def _resolve_model(self, supervisor: Supervisor, places: Places) -> ResolvedModel:
+        config = self._config
+        arguments = ["--run-folder", str(places.run_folder)]
+        if config.model_id is not None:
+            arguments += ["--model-id", config.model_id]
+        if config.revision is not None:
+            arguments += ["--revision", config.revision]
+        child = supervisor.spawn(
+            "model-files", [*self._commands.model_files, *arguments], self._hub_environment(), answers=True
+        )
+        model = read_answer(child, supervisor.wait_for_answer(child))
+        self._timeline.end_phase("resolve model")
+        log.info("Model %s, revision %s, %d weight files", model.model_id, model.sha, len(model.weight_files))
+        return model
+
+    def _start_shards(self, supervisor: Supervisor, model: ResolvedModel, places: Places, is_cpu: bool) -> None:
+        config = self._shard_config(model, places, is_cpu)
+        log.info(
+            "Starting %d shards on %s, sockets %s-*, meeting at %s:%d",
+            config.world_size, "the CPU" if is_cpu else "GPUs", places.uds_path, config.master_addr, config.master_port,
+        )  # fmt: skip
+        for rank in range(config.world_size):
+            argument = _config_argument(dataclasses.replace(config, rank=rank))
+            command = [*self._commands.shard, "--config-json", argument]
+            supervisor.spawn(f"shard-{rank}", command, self._child_environment())
+        silent = list(places.sockets)
+
+        def all_answer() -> bool:
+            silent[:] = [path for path in silent if not answers(path)]
+            return not silent
+
+        supervisor.wait_until(all_answer, lambda: log.info("Waiting for shard to be ready"))
+        self._timeline.end_phase("start shards")
+
+    def _shard_config(self, model: ResolvedModel, places: Places, is_cpu: bool) -> ShardConfig:
+        """The config of rank 0; the others differ by their rank alone."""
+        world_size = len(places.sockets)
+        return ShardConfig(
+            **self._settings.values_for(ShardConfig),
+            model_folder=model.model_folder,
+            weight_files=model.weight_files,
+            uds_path=places.uds_path,
+            run_folder=str(places.run_folder),
+            world_size=world_size,
+            master_addr=self._config.master_addr,
+            master_port=self._config.master_port or free_port(),
+            num_threads=defaults.threads_per_shard(num_cores(), world_size) if is_cpu else 0,
+            json_output=True,
+            log_level=self._log_level,
+        )
+
+    def _start_router(self, supervisor: Supervisor, model: ResolvedModel, places: Places, config: RouterConfig) -> None:
+        config = self._router_config(model, places, config)
+        command = [*self._commands.router, "--config-json", _config_argument(config)]
+        self._router = supervisor.spawn("router", command, self._child_environment())
+        ports_file = places.run_folder / "router.json"
+        supervisor.wait_until(lambda: _router_serves(ports_file, config.hostname))
+        self._timeline.end_phase("start router")
+        ports = json.loads(ports_file.read_text())
+        log.info("Start-up took %.2f s: %s", self._timeline.total_s, self._timeline)
+        log.info("Ready on %s port %d, metrics on port %d", config.hostname, ports["port"], ports["prometheus_port"])
+
+    def _router_config(self, model: ResolvedModel, places: Places, config: RouterConfig) -> RouterConfig:
+        folder = Path(model.model_folder)
+        if self._config.tokenizer_config_path is not None:
+            folder = tokenizer_folder(folder, Path(self._config.tokenizer_config_path), places.run_folder)
+        return dataclasses.replace(
+            config,
+            model_id=model.model_id,
+            model_sha=model.sha,
+            revision=model.revision,
+            tokenizer_folder=str(folder),
+            shard_uds_path=places.uds_path,
+            world_size=len(places.sockets),
+            run_folder=str(places.run_folder),
+            graceful_termination_timeout_s=float(self._config.graceful_termination_timeout),
+            json_output=True,
+            log_level=self._log_level,
+        )
+
+    def _stop(self, supervisor: Supervisor) -> None:
+        grace_s = self._config.graceful_termination_timeout + _ROUTER_KILL_GRACE_S
+        if self._router is not None:
+            supervisor.stop([self._router], grace_s)
+        supervisor.stop(supervisor.children, grace_s)
+
+    def _hub_environment(self) -> dict[str, str]:
+        """The environment with the Hub's token under its present name and the cache folder of the flag."""
+        environment = dict(self._environment)
+        token = next((environment[name] for name in _TOKEN_VARIABLES if environment.get(name)), None)
+        if token is not None:
+            environment["HF_TOKEN"] = token
+        if self._config.huggingface_hub_cache is not None:
+            environment["HUGGINGFACE_HUB_CACHE"] = self._config.huggingface_hub_cache
+            environment["HF_HUB_CACHE"] = self._config.huggingface_hub_cache
+        return environment
+
+    def _child_environment(self) -> dict[str, str]:
+        """The environment without secrets that no shard or router needs."""
+        return {name: value for name, value in self._environment.items() if name not in _TOKEN_VARIABLES}
+
+
+def _config_argument(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config))
+
+
+def _router_serves(ports_file: Path, hostname: str) -> bool:
+    """Whether the router has told its port and answers that it is healthy."""
+    try:
+        port = json.loads(ports_file.read_text())["port"]
+    except (OSError, ValueError):
+        return False
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(hostname, hostname)
+    connection = http.client.HTTPConnection(host, port, timeout=2.0)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
