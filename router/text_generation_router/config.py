@@ -61,6 +61,12 @@ class RouterConfig:
     model_id: str = internal("")
     model_sha: str | None = internal(None)
     revision: str | None = internal(None)
+    # Shown by /info; None there means null.
+    model_pipeline_tag: str | None = internal(None)
+    docker_label: str | None = internal(None)
+    build_sha: str | None = internal(None)
+    # The header x-compute-type. Default: number and name of the devices.
+    compute_type: str | None = internal(None)
     # Folder with config.json, tokenizer.json and, where the model has them, tokenizer_config.json,
     # generation_config.json, chat_template.json, chat_template.jinja.
     tokenizer_folder: str = internal("")

@@ -4,6 +4,8 @@ RouterError
 ├── ValidationError                 422  validation
 ├── MalformedBody                   400  validation
 ├── PayloadTooLarge                 413  validation
+├── UnsupportedContentEncoding      415  validation
+├── BatchSizeExceeded               422  batch size exceeded
 ├── TemplateError                   422  template_error
 ├── ToolError                       422  tool_error
 ├── Overloaded                      429  overloaded
@@ -11,6 +13,7 @@ RouterError
 ├── GenerationError                 424  generation
 ├── IncompleteGeneration            500  incomplete_generation
 ├── IncompleteGenerationStream      500  incomplete_generation_stream
+├── InternalError                   500  internal_error
 └── Unhealthy                       503  healthcheck
 """
 
@@ -51,6 +54,19 @@ class PayloadTooLarge(RouterError):
 
     status, error_type, failure_label = 413, "validation", "validation"
     prefix = "Input validation error: "
+
+
+class UnsupportedContentEncoding(RouterError):
+    """A compressed body."""
+
+    status, error_type, failure_label = 415, "validation", "validation"
+    prefix = "Input validation error: "
+
+
+class BatchSizeExceeded(RouterError):
+    """More prompts in one request than `--max-client-batch-size`; `error_type` is TGI's."""
+
+    status, error_type, failure_label = 422, "batch size exceeded", "validation"
 
 
 class TemplateError(RouterError):
@@ -100,6 +116,13 @@ class IncompleteGenerationStream(RouterError):
 
     status, error_type, failure_label = 500, "incomplete_generation_stream", "incomplete"
     prefix = "Incomplete generation"
+
+
+class InternalError(RouterError):
+    """A bug of ours; the log has the details, the client none."""
+
+    status, error_type, failure_label = 500, "internal_error", "generation"
+    prefix = "Internal error"
 
 
 class Unhealthy(RouterError):

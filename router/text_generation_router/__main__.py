@@ -1,0 +1,109 @@
+"""`text-generation-router`: reads its configuration, connects to the shards, serves HTTP until it is told to stop."""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+
+from text_generation_router.api.context import Context
+from text_generation_router.app import Server, bind
+from text_generation_router.chat_template import ChatTemplate
+from text_generation_router.command_line import InvalidConfig, parse_config
+from text_generation_router.config import RouterConfig
+from text_generation_router.engine import Engine, start_engine
+from text_generation_router.limits import InvalidLimits
+from text_generation_router.logs import set_up_logging
+from text_generation_router.metrics import Metrics
+from text_generation_router.parent_watch import watch_parent
+from text_generation_router.shard_client import ShardFailure
+from text_generation_router.tokenizer import Tokenizer
+
+logger = logging.getLogger("text_generation_router")
+
+
+class StopSignal:
+    """SIGTERM or SIGINT: the first asks for an orderly end, the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._asked.is_set():
+            logger.warning("Second signal: ending at once")
+            os._exit(1)
+        self._asked.set()
+
+    async def wait(self) -> None:
+        """Return once the first signal has come."""
+        await self._asked.wait()
+
+
+async def serve(config: RouterConfig) -> None:
+    """Build everything, serve, and return after an orderly end."""
+    stop = StopSignal()
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(contextlib.closing(bind(config.hostname, config.port)))
+        metrics_listener = sockets.enter_context(contextlib.closing(bind(config.hostname, config.prometheus_port)))
+        tokenizer = Tokenizer(config.tokenizer_folder, config.validation_workers)
+        metrics = Metrics()
+        engine = await _start_unless_stopped(config, tokenizer, metrics, stop)
+        if engine is None:
+            return
+        chat_template = ChatTemplate(config.tokenizer_folder)
+        server = Server(Context(config, engine, tokenizer, chat_template, metrics), listener, metrics_listener)
+        await server.start()
+        # What stands now stays; collections need not look at it again.
+        gc.collect()
+        gc.freeze()
+        await stop.wait()
+        await server.stop()
+        await engine.stop()
+
+
+async def _start_unless_stopped(
+    config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics, stop: StopSignal
+) -> Engine | None:
+    """The running engine, or None when the end is asked for while the shards warm up."""
+    starting = asyncio.create_task(start_engine(config, tokenizer, metrics))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        return starting.result()
+    starting.cancel()
+    await asyncio.wait({starting})
+    return None
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        config = parse_config(sys.argv[1:])
+    except InvalidConfig as error:
+        sys.exit(f"ERROR text_generation_router: {error}")
+    set_up_logging(config.log_level, config.json_output)
+    watch_parent(config.run_folder)
+    config = dataclasses.replace(
+        config,
+        compute_type=os.environ.get("COMPUTE_TYPE") or config.compute_type,
+        docker_label=os.environ.get("DOCKER_LABEL") or config.docker_label,
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config))
+    except (OSError, ShardFailure, InvalidLimits, ValueError) as error:
+        logger.error("%s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

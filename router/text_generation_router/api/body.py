@@ -1,0 +1,54 @@
+"""Request bodies: from bytes to one JSON object, bounded in size and depth."""
+
+import orjson
+from aiohttp import web
+
+from text_generation_router.api.fields import Fields
+from text_generation_router.errors import (
+    MalformedBody,
+    PayloadTooLarge,
+    UnsupportedContentEncoding,
+    ValidationError,
+)
+
+# Deeper than any JSON schema that people write by hand, far from the stack of the parser.
+MAX_DEPTH = 128
+
+
+async def read_body(request: web.Request) -> Fields:
+    """Read the request's body as a JSON object, whatever its content type says."""
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedContentEncoding("compressed request bodies are not accepted")
+    limit = request.client_max_size
+    if request.content_length is not None and request.content_length > limit:
+        raise PayloadTooLarge(f"the body must have at most {limit} bytes. Given: {request.content_length}")
+    try:
+        content = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise PayloadTooLarge(f"the body must have at most {limit} bytes") from None
+    return Fields(_parse_object(content))
+
+
+def _parse_object(content: bytes) -> dict[str, object]:
+    try:
+        body = orjson.loads(content)  # refuses NaN, infinities, lone surrogates and more than 1024 levels
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ValidationError("the body must be a JSON object")
+    if content.count(b"[") + content.count(b"{") > MAX_DEPTH and _is_too_deep(body):
+        raise MalformedBody(f"the body must be nested at most {MAX_DEPTH} levels deep")
+    return body
+
+
+def _is_too_deep(body: dict[str, object]) -> bool:
+    level: list[dict[str, object] | list[object]] = [body]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for value in level:
+            inner += value.values() if isinstance(value, dict) else value
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True

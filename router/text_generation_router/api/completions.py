@@ -1,0 +1,156 @@
+"""POST /v1/completions: one prompt or several, as text or token ids."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from text_generation_router.api.body import read_body
+from text_generation_router.api.fields import Fields
+from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.openai import (
+    AnswerHead,
+    finish_reason,
+    read_includes_usage,
+    read_model_name,
+    read_options,
+    stream_answer,
+    usage,
+)
+from text_generation_router.api.responses import EventStream, event, json_response
+from text_generation_router.errors import BatchSizeExceeded
+from text_generation_router.validation import GenerationOptions
+
+
+@dataclass(frozen=True)
+class CompletionsCall:
+    """One request of this route."""
+
+    prompts: list[str | list[int]]
+    options: GenerationOptions
+    includes_usage: bool
+
+    @property
+    def num_characters(self) -> int:
+        """Length of the prompts that are text."""
+        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """Continue the prompts, streamed or whole."""
+    async with GenerationRequest(request) as record:
+        body = await read_body(request)
+        call = read_call(body, record.context.config.max_client_batch_size)
+        record.note_ignored(body)
+        record.admit(len(call.prompts))
+        validator = record.context.validator
+        requests = [await validator.validate(prompt, call.options) for prompt in call.prompts]
+        answer = _Answer(record, call, [record.submit(valid) for valid in requests])
+        return await (answer.stream() if call.options.is_stream else answer.whole())
+
+
+def read_call(body: Fields, max_num_prompts: int) -> CompletionsCall:
+    """Read the types of a body; ranges are the validator's."""
+    unsupported = []
+    if body.string("suffix") is not None:
+        unsupported.append("suffix")
+    if body.boolean("echo"):
+        unsupported.append("echo")
+    if body.value("logprobs") not in (None, False):
+        unsupported.append("logprobs")
+    if body.value("grammar") is not None:
+        unsupported.append("grammar")
+    response_format = body.object("response_format")
+    if response_format is not None and response_format.required_string("type") != "text":
+        unsupported.append("response_format")
+    prompts = _read_prompts(body)
+    if len(prompts) > max_num_prompts:
+        raise BatchSizeExceeded(f"`prompt` may hold at most {max_num_prompts} prompts. Given: {len(prompts)}", "prompt")
+    read_model_name(body)
+    return CompletionsCall(
+        prompts=prompts,
+        options=read_options(body, body.boolean("stream"), unsupported, names={"inputs": "prompt"}),
+        includes_usage=read_includes_usage(body),
+    )
+
+
+def _read_prompts(body: Fields) -> list[str | list[int]]:
+    """A string, a list of strings, a list of token ids, or a list of such lists."""
+    prompt = body.value("prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if _are_token_ids(prompt):
+            return [prompt]
+        if all(isinstance(item, str) or (isinstance(item, list) and _are_token_ids(item)) for item in prompt):
+            return prompt
+    raise body.error("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
+
+
+def _are_token_ids(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+class _Answer:
+    """Renders the generations of one request in this route's shape."""
+
+    def __init__(self, record: GenerationRequest, call: CompletionsCall, generations: list[Generation]) -> None:
+        self._record = record
+        self._call = call
+        self._generations = generations
+        self._head = AnswerHead(record.context, "text_completion", "cmpl", record.context.served_name)
+
+    async def whole(self) -> web.StreamResponse:
+        """The answer as one object, choices in the order of the prompts."""
+        generations = self._generations
+        texts: list[str] = [""] * len(generations)
+
+        async def read(index: int) -> None:
+            texts[index] = "".join(output.text for output in await generations[index].read_all())
+            self._record.succeed(generations[index], self._call.options)
+
+        await _together([read(index) for index in range(len(generations))])
+        choices = [
+            self._choice(index, texts[index], finish_reason(generation)) for index, generation in enumerate(generations)
+        ]
+        headers = timing_headers(generations, self._record.context.compute_type, self._call.num_characters)
+        return json_response(self._head.body(choices, usage(generations)), headers)
+
+    async def stream(self) -> web.StreamResponse:
+        """The answer as a chunk for each token, those of several prompts as they come."""
+        return await stream_answer(self._record, self._call.num_characters, self._send_all)
+
+    async def _send_all(self, events: EventStream) -> None:
+        await _together([self._send_chunks(index, events) for index in range(len(self._generations))])
+        if self._call.includes_usage:
+            await events.send(event(self._head.body([], usage(self._generations))))
+
+    async def _send_chunks(self, index: int, events: EventStream) -> None:
+        generation = self._generations[index]
+        while outputs := await generation.read():
+            bodies = [self._head.body([self._choice(index, output.text, None)], None) for output in outputs]
+            if generation.stream.finish_reason is not None:
+                bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
+                bodies[-1]["usage"] = usage([generation])
+            await events.send(b"".join(map(event, bodies)))
+        self._record.succeed(generation, self._call.options)
+
+    @staticmethod
+    def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+async def _together(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Run everything at once; the first error ends the rest and is raised."""
+    if len(work) == 1:
+        await work[0]
+        return
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""What every handler needs of the server, and what it asks of the engine."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+from aiohttp import web
+
+from text_generation_router.api.permits import Permits
+from text_generation_router.config import RouterConfig
+from text_generation_router.metrics import Metrics
+from text_generation_router.token_stream import Timings, TokenStream
+from text_generation_router.valid_request import ValidRequest
+from text_generation_router.validation import Limits, PromptEncoder, Validator
+
+
+class Engine(Protocol):
+    """What handlers ask of the engine."""
+
+    @property
+    def limits(self) -> Limits:
+        """Known after warm-up."""
+
+    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+        """Queue a request; raises ShuttingDown while draining."""
+
+    def cancel(self, stream: TokenStream) -> None:
+        """Forget a request; without effect once it has ended."""
+
+    def is_healthy(self) -> bool:
+        """Whether the shards make progress."""
+
+    def start_drain(self) -> None:
+        """Take no new requests."""
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until every request has ended; after `timeout_s` end those left with an error and return False."""
+
+
+class Tokenizer(PromptEncoder, Protocol):
+    """What handlers need of the tokenizer beside encoding."""
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text, special tokens included."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, which need not be whole characters."""
+
+
+class ChatTemplate(Protocol):
+    """Messages to prompt."""
+
+    async def render(self, messages: list[dict[str, object]]) -> str:
+        """The prompt; raises TemplateError."""
+
+
+def package_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("text-generation")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass
+class Context:
+    """The parts of one server, as handlers see them."""
+
+    config: RouterConfig
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    metrics: Metrics
+    version: str = field(default_factory=package_version)
+    validator: Validator = field(init=False)
+    permits: Permits = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.validator = Validator(self.config, self.engine.limits, self.tokenizer)
+        self.permits = Permits(self.config.max_concurrent_requests)
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in answers."""
+        return self.config.served_model_name or self.config.model_id
+
+    @property
+    def compute_type(self) -> str:
+        """What computes, for the header x-compute-type: number and name of the devices."""
+        device = self.engine.limits.device_name.lower().replace(" ", "-")
+        return self.config.compute_type or f"{self.config.world_size}-{device}"
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Version and label, as TGI writes them."""
+        return f"{self.version}-{self.config.docker_label or 'native'}"
+
+
+CONTEXT_KEY = web.AppKey("context", Context)

@@ -1,0 +1,183 @@
+"""TGI's own dialect: POST /generate, /generate_stream and /."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from text_generation_router.api.body import read_body
+from text_generation_router.api.context import Tokenizer
+from text_generation_router.api.fields import Fields
+from text_generation_router.api.generation import (
+    CLIENT_LEFT,
+    Generation,
+    GenerationRequest,
+    timing_headers,
+)
+from text_generation_router.api.responses import EventStream, as_router_error, error_event, event, json_response
+from text_generation_router.errors import Overloaded, ShuttingDown
+from text_generation_router.token_stream import TokenOutput
+from text_generation_router.validation import GenerationOptions
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One request of this dialect."""
+
+    inputs: str
+    options: GenerationOptions
+    return_full_text: bool
+    has_details: bool
+
+    @property
+    def text_before(self) -> str:
+        """What precedes the generated text in the answer."""
+        return self.inputs if self.return_full_text else ""
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    """POST /generate: the whole answer as one object."""
+    async with GenerationRequest(request) as record:
+        body = await read_body(request)
+        call = read_call(body, is_stream=False, full_text_default=False)
+        record.note_ignored(body)
+        return await _answer(record, call, as_list=False)
+
+
+async def generate_stream(request: web.Request) -> web.StreamResponse:
+    """POST /generate_stream: an event for each token."""
+    async with GenerationRequest(request) as record:
+        body = await read_body(request)
+        call = read_call(body, is_stream=True, full_text_default=False)
+        record.note_ignored(body)
+        return await _stream(record, call)
+
+
+async def compatible_generate(request: web.Request) -> web.StreamResponse:
+    """POST /: the old inference API, streamed or not as the body says; the whole answer is a list of one."""
+    async with GenerationRequest(request) as record:
+        body = await read_body(request)
+        is_stream = body.boolean("stream")
+        full_text = record.context.config.model_pipeline_tag in (None, "text-generation")
+        call = read_call(body, is_stream=is_stream, full_text_default=full_text)
+        record.note_ignored(body)
+        return await _stream(record, call) if is_stream else await _answer(record, call, as_list=True)
+
+
+def read_call(body: Fields, is_stream: bool, full_text_default: bool) -> GenerateCall:
+    """Read the types of a body; ranges are the validator's."""
+    inputs = body.required_string("inputs")
+    given = body.object("parameters")
+    parameters = given or Fields({})
+    options = GenerationOptions(
+        max_new_tokens=parameters.integer("max_new_tokens"),
+        # Without any parameters TGI samples.
+        do_sample=parameters.boolean("do_sample", default=given is None),
+        temperature=parameters.number("temperature"),
+        top_k=parameters.integer("top_k"),
+        top_p=parameters.number("top_p"),
+        typical_p=parameters.number("typical_p"),
+        seed=parameters.integer("seed"),
+        stop=parameters.strings("stop"),
+        keep_stop_string=True,
+        ignore_eos=parameters.boolean("ignore_eos"),
+        truncate=parameters.integer("truncate"),
+        repetition_penalty=parameters.number("repetition_penalty"),
+        frequency_penalty=parameters.number("frequency_penalty"),
+        best_of=parameters.integer("best_of"),
+        top_n_tokens=parameters.integer("top_n_tokens"),
+        watermark=parameters.boolean("watermark"),
+        is_stream=is_stream,
+        prefill_details=parameters.boolean("decoder_input_details"),
+        unsupported=_read_unsupported(parameters),
+    )
+    return GenerateCall(
+        inputs=inputs,
+        options=options,
+        return_full_text=parameters.boolean("return_full_text", default=full_text_default),
+        has_details=parameters.boolean("details") or options.prefill_details,
+    )
+
+
+def _read_unsupported(parameters: Fields) -> tuple[str, ...]:
+    given = {"grammar": parameters.mapping("grammar"), "adapter_id": parameters.string("adapter_id")}
+    return tuple(name for name, value in given.items() if value is not None)
+
+
+async def _start(record: GenerationRequest, call: GenerateCall) -> Generation:
+    request = await record.context.validator.validate(call.inputs, call.options)
+    return record.submit(request)
+
+
+async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) -> web.Response:
+    record.admit()
+    generation = await _start(record, call)
+    outputs = await generation.read_all()
+    record.succeed(generation, call.options)
+    body: dict[str, Any] = {"generated_text": call.text_before + "".join(output.text for output in outputs)}
+    if call.has_details:
+        body["details"] = {
+            "finish_reason": generation.finish_reason,
+            "generated_tokens": generation.stream.num_generated_tokens,
+            "seed": generation.seed,
+            "prefill": [],
+            "tokens": [token_body(output, record.context.tokenizer) for output in outputs],
+        }
+    headers = timing_headers([generation], record.context.compute_type, len(call.inputs))
+    return json_response([body] if as_list else body, headers)
+
+
+async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamResponse:
+    record.admit()
+    compute_type = record.context.compute_type
+    headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(call.inputs))}
+    async with EventStream(record.http, headers) as events:
+        try:
+            await _send_tokens(record, call, events)
+        except (*CLIENT_LEFT, Overloaded, ShuttingDown):
+            raise
+        except Exception as error:
+            # The status of this route is 200 whatever the validation says; errors are events.
+            record.fail(error)
+            await events.send(error_event(as_router_error(error), record.http.path))
+    return events.response
+
+
+async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: EventStream) -> None:
+    generation = await _start(record, call)
+    pieces: list[str] = []
+    index = 0
+    while outputs := await generation.read():
+        is_end = generation.stream.finish_reason is not None
+        bodies = stream_bodies(outputs, index + 1, record.context.tokenizer)
+        index += len(outputs)
+        pieces += [output.text for output in outputs]
+        if is_end:
+            bodies[-1]["generated_text"] = call.text_before + "".join(pieces)
+            bodies[-1]["details"] = _stream_details(generation) if call.has_details else None
+        await events.send(b"".join(map(event, bodies)))
+    record.succeed(generation, call.options)
+
+
+def _stream_details(generation: Generation) -> dict[str, Any]:
+    return {
+        "finish_reason": generation.finish_reason,
+        "generated_tokens": generation.stream.num_generated_tokens,
+        "seed": generation.seed,
+        "input_length": generation.stream.num_prompt_tokens,
+    }
+
+
+def stream_bodies(outputs: Sequence[TokenOutput], first_index: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The events of some tokens, counted from `first_index`."""
+    return [
+        {"index": index, "token": token_body(output, tokenizer), "generated_text": None, "details": None}
+        for index, output in enumerate(outputs, first_index)
+    ]
+
+
+def token_body(output: TokenOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A token as this dialect shows it; a special token shows its own text."""
+    text = output.text + tokenizer.token_text(output.token_id) if output.is_special else output.text
+    return {"id": output.token_id, "text": text, "logprob": output.logprob, "special": output.is_special}

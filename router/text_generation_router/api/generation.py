@@ -1,0 +1,182 @@
+"""One HTTP request on a generation route: its permits, its streams, and its one place in the counters."""
+
+import logging
+import secrets
+import time
+from types import TracebackType
+
+import orjson
+from aiohttp import web
+
+from text_generation_router.api.context import CONTEXT_KEY, Context
+from text_generation_router.api.fields import Fields
+from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
+from text_generation_router.valid_request import ValidRequest
+from text_generation_router.validation import GenerationOptions
+
+logger = logging.getLogger(__name__)
+
+# What a handler sees when its client went away: the runner cancels it, or a write fails.
+CLIENT_LEFT = (ConnectionError,)
+_MAX_IGNORED_HEADER_CHARACTERS = 512
+
+
+class Generation:
+    """One prompt being extended."""
+
+    def __init__(self, context: Context, request: ValidRequest, stream: TokenStream, timings: Timings) -> None:
+        self.request = request
+        self.stream = stream
+        self.timings = timings
+        self._metrics = context.metrics
+        self._last_read_ns = 0
+
+    @property
+    def seed(self) -> int | None:
+        """The seed to report: none when the request is greedy."""
+        return self.request.sampling.seed if self.request.sampling.temperature > 0 else None
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended; only once it has ended well."""
+        assert self.stream.finish_reason is not None, "the stream has not ended well"
+        return self.stream.finish_reason
+
+    async def read(self) -> list[TokenOutput]:
+        """The next tokens, [] after the last; raises the error that ended the stream."""
+        outputs = await self.stream.read()
+        if outputs:
+            now = time.monotonic_ns()
+            if self._last_read_ns == 0:
+                self._metrics.first_token_read((now - self.timings.received_ns) / 1e9)
+                if len(outputs) > 1:
+                    self._metrics.next_tokens_read(0.0, len(outputs) - 1)
+            else:
+                self._metrics.next_tokens_read((now - self._last_read_ns) / 1e9, len(outputs))
+            self._last_read_ns = now
+        elif self.timings.finished_ns == 0:
+            self.timings.finished_ns = time.monotonic_ns()
+        return outputs
+
+    async def read_all(self) -> list[TokenOutput]:
+        """All tokens, once the stream has ended."""
+        outputs: list[TokenOutput] = []
+        while piece := await self.read():
+            outputs += piece
+        return outputs
+
+
+class GenerationRequest:
+    """Counts one request from arrival to its end; an async context manager around a handler.
+
+    However the handler is left, running streams are cancelled, permits returned, and every prompt ends as exactly
+    one of success, failure or client gone.
+    """
+
+    def __init__(self, request: web.Request) -> None:
+        self.context = request.app[CONTEXT_KEY]
+        self.http = request
+        self.request_id = secrets.token_hex(16)
+        self.received_ns = time.monotonic_ns()
+        self._num_prompts = 1
+        self._num_succeeded = 0
+        self._num_permits = 0
+        self._generations: list[Generation] = []
+        self._error: BaseException | None = None
+
+    async def __aenter__(self) -> "GenerationRequest":
+        self.context.metrics.request_arrived()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for generation in self._generations:
+            self.context.engine.cancel(generation.stream)
+        if self._num_permits:
+            self.context.permits.give_back(self._num_permits, (time.monotonic_ns() - self.received_ns) / 1e9)
+        num_left = self._num_prompts - self._num_succeeded
+        error = self._error or error
+        if num_left and isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
+            self.context.metrics.request_failed(error, num_left)
+        elif num_left:
+            self.context.metrics.client_left(num_left)
+
+    def note_ignored(self, fields: Fields) -> None:
+        """Tell the client, and the debug log, which of its parameters have no effect."""
+        names = dict.fromkeys(fields.ignored())
+        if names:
+            text = ",".join("".join(c for c in name if " " < c <= "~") for name in names)
+            text = text[:_MAX_IGNORED_HEADER_CHARACTERS]
+            self.http["ignored_parameters"] = text
+            logger.debug("Ignored parameters of request %s: %s", self.request_id, text)
+
+    def admit(self, num_prompts: int = 1) -> None:
+        """Take a permit for each prompt; raises Overloaded."""
+        self.context.metrics.request_arrived(num_prompts - 1)
+        self._num_prompts = num_prompts
+        self.context.permits.take(num_prompts)
+        self._num_permits = num_prompts
+
+    def submit(self, request: ValidRequest) -> Generation:
+        """Queue one prompt."""
+        self.context.metrics.request_validated(len(request.token_ids), request.max_new_tokens)
+        timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
+        stream = self.context.engine.submit(request, timings)
+        generation = Generation(self.context, request, stream, timings)
+        self._generations.append(generation)
+        return generation
+
+    def succeed(self, generation: Generation, options: GenerationOptions) -> None:
+        """Count and log a prompt whose answer is complete."""
+        stream, timings = generation.stream, generation.timings
+        self._num_succeeded += 1
+        self.context.metrics.request_succeeded(timings, stream.num_prompt_tokens, stream.num_generated_tokens)
+        durations = durations_ms(generation)
+        logger.info(
+            "Success request_id=%s route=%s input_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
+            "total_time_ms=%d validation_time_ms=%d queue_time_ms=%d inference_time_ms=%d time_per_token_ms=%d "
+            "seed=%s parameters=%s",
+            self.request_id,
+            self.http.path,
+            stream.num_prompt_tokens,
+            stream.num_cached_tokens,
+            stream.num_generated_tokens,
+            generation.finish_reason,
+            *durations,
+            generation.seed,
+            orjson.dumps(options.given()).decode(),
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Remember an error that was sent inside a stream, so that it counts as the request's end."""
+        self._error = error
+
+
+def durations_ms(generation: Generation) -> tuple[int, int, int, int, int]:
+    """Total, validation, queue, inference and per token, in whole milliseconds."""
+    timings = generation.timings
+    scheduled_ns = timings.first_scheduled_ns or timings.finished_ns
+    inference_ns = timings.finished_ns - scheduled_ns
+    return (
+        (timings.finished_ns - timings.received_ns) // 1_000_000,
+        (timings.queued_ns - timings.received_ns) // 1_000_000,
+        (scheduled_ns - timings.queued_ns) // 1_000_000,
+        inference_ns // 1_000_000,
+        inference_ns // max(generation.stream.num_generated_tokens, 1) // 1_000_000,
+    )
+
+
+def timing_headers(generations: list[Generation], config_compute_type: str, num_characters: int) -> dict[str, str]:
+    """TGI's headers of a complete answer; of several prompts the longest times and the sums of tokens."""
+    durations = [max(values) for values in zip(*map(durations_ms, generations), strict=True)]
+    total_s = max(g.timings.finished_ns - g.timings.received_ns for g in generations) / 1e9
+    names = ("x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
+    return {
+        "x-compute-type": config_compute_type,
+        "x-compute-time": f"{total_s:.6f}",
+        "x-compute-characters": str(num_characters),
+        **{name: str(value) for name, value in zip(names, durations, strict=True)},
+        "x-prompt-tokens": str(sum(g.stream.num_prompt_tokens for g in generations)),
+        "x-generated-tokens": str(sum(g.stream.num_generated_tokens for g in generations)),
+    }

@@ -1,0 +1,138 @@
+"""What both OpenAI routes share: sampling parameters, names, usage and finish reasons."""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from text_generation_router.api.context import Context
+from text_generation_router.api.fields import Fields
+from text_generation_router.api.generation import CLIENT_LEFT, Generation, GenerationRequest
+from text_generation_router.api.responses import EventStream, as_router_error, error_event
+from text_generation_router.token_stream import FinishReason
+from text_generation_router.validation import GenerationOptions
+
+MAX_MODEL_NAME_CHARACTERS = 256
+DONE = b"data: [DONE]\n\n"
+_FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS_TOKEN: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+}
+
+
+def read_options(
+    body: Fields, is_stream: bool, unsupported: list[str], names: dict[str, str], top_n_tokens: int | None = None
+) -> GenerationOptions:
+    """Read the parameters that both routes know. These routes sample unless the temperature is 0."""
+    temperature = body.number("temperature")
+    top_p = body.number("top_p")
+    top_k = body.integer("top_k")
+    if body.mapping("logit_bias"):
+        unsupported.append("logit_bias")
+    for name in ("adapter_id", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if body.value(name) is not None:
+            unsupported.append(name)
+    body.string("user")  # accepted; nothing here depends on it
+    max_new_tokens, max_tokens_name = _read_max_tokens(body)
+    return GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature != 0,
+        is_greedy=temperature == 0,
+        temperature=temperature or None,
+        top_k=None if top_k in (0, -1) else top_k,  # both mean off to clients of these routes
+        top_p=None if top_p == 1 else top_p,
+        typical_p=body.number("typical_p"),
+        min_p=body.number("min_p"),
+        seed=body.integer("seed"),
+        stop=body.strings("stop"),
+        keep_stop_string=False,
+        ignore_eos=body.boolean("ignore_eos"),
+        repetition_penalty=body.number("repetition_penalty"),
+        frequency_penalty=body.number("frequency_penalty"),
+        presence_penalty=body.number("presence_penalty"),
+        best_of=body.integer("best_of"),
+        n=body.integer("n"),
+        top_n_tokens=top_n_tokens,
+        is_stream=is_stream,
+        unsupported=tuple(unsupported),
+        names={"max_new_tokens": max_tokens_name, **names},
+    )
+
+
+def _read_max_tokens(body: Fields) -> tuple[int | None, str]:
+    """Both names of the limit; two that differ are a mistake."""
+    old, new = body.integer("max_tokens"), body.integer("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise body.error("max_completion_tokens", "and `max_tokens` must not differ")
+    return (new, "max_completion_tokens") if new is not None else (old, "max_tokens")
+
+
+def read_includes_usage(body: Fields) -> bool:
+    """Whether a stream ends with an event of its own for usage."""
+    options = body.object("stream_options")
+    return options is not None and options.boolean("include_usage")
+
+
+def read_model_name(body: Fields) -> str | None:
+    """The client's name for the model; any is served by the one model."""
+    name = body.string("model")
+    if name is not None and len(name) > MAX_MODEL_NAME_CHARACTERS:
+        raise body.error("model", f"must have at most {MAX_MODEL_NAME_CHARACTERS} characters")
+    return name or None
+
+
+class AnswerHead:
+    """The fields that open every object of one answer."""
+
+    def __init__(self, context: Context, kind: str, id_prefix: str, model: str) -> None:
+        self._fields = {
+            "object": kind,
+            "id": f"{id_prefix}-{secrets.token_hex(16)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": context.system_fingerprint,
+        }
+
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        """One object of the answer."""
+        return {**self._fields, "choices": choices, "usage": usage}
+
+
+def finish_reason(generation: Generation) -> str:
+    """The finish reason in OpenAI's words."""
+    return _FINISH_REASONS[generation.finish_reason]
+
+
+def usage(generations: list[Generation]) -> dict[str, Any]:
+    """Token counts, summed over the prompts."""
+    num_prompt = sum(generation.stream.num_prompt_tokens for generation in generations)
+    num_generated = sum(generation.stream.num_generated_tokens for generation in generations)
+    num_cached = sum(generation.stream.num_cached_tokens for generation in generations)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+async def stream_answer(
+    record: GenerationRequest, num_characters: int, send_all: Callable[[EventStream], Awaitable[None]]
+) -> web.StreamResponse:
+    """Run `send_all`, which writes the events of an answer; an error after the first is an event, the last one."""
+    headers = {"x-compute-type": record.context.compute_type, "x-compute-characters": str(num_characters)}
+    async with EventStream(record.http, headers) as events:
+        try:
+            await send_all(events)
+            await events.send(DONE)
+        except CLIENT_LEFT:
+            raise
+        except Exception as error:
+            if not events.is_started:
+                raise
+            record.fail(error)
+            await events.send(error_event(as_router_error(error), record.http.path))
+    return events.response

@@ -1,0 +1,52 @@
+"""Routes about the server itself: health, what it serves, metrics."""
+
+from aiohttp import web
+
+from text_generation_router.api.context import CONTEXT_KEY
+from text_generation_router.api.responses import json_response
+from text_generation_router.errors import Unhealthy
+from text_generation_router.exposition import CONTENT_TYPE
+
+
+async def health(request: web.Request) -> web.Response:
+    """GET /health, /ping and /: whether requests can be served. Reads a flag, so it never waits for work."""
+    if not request.app[CONTEXT_KEY].engine.is_healthy():
+        raise Unhealthy
+    return web.Response()
+
+
+async def info(request: web.Request) -> web.Response:
+    """GET /info: the model and the limits."""
+    context = request.app[CONTEXT_KEY]
+    config, limits = context.config, context.engine.limits
+    return json_response(
+        {
+            "model_id": context.served_name,
+            "model_sha": config.model_sha,
+            "model_pipeline_tag": config.model_pipeline_tag,
+            "max_concurrent_requests": config.max_concurrent_requests,
+            "max_best_of": config.max_best_of,
+            "max_stop_sequences": config.max_stop_sequences,
+            "max_input_tokens": limits.max_input_tokens,
+            "max_total_tokens": limits.max_total_tokens,
+            "validation_workers": config.validation_workers,
+            "max_client_batch_size": config.max_client_batch_size,
+            "router": "text-generation-router",
+            "version": context.version,
+            "sha": config.build_sha,
+            "docker_label": config.docker_label,
+        }
+    )
+
+
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models: the one model."""
+    name = request.app[CONTEXT_KEY].served_name
+    model = {"id": name, "object": "model", "created": 0, "owned_by": name}
+    return json_response({"object": "list", "data": [model]})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics: Prometheus text 0.0.4, whatever format is asked for."""
+    text = request.app[CONTEXT_KEY].metrics.text()
+    return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})

@@ -1,0 +1,138 @@
+"""The HTTP server: routes, listening sockets, and the way from the first signal to the end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from text_generation_router.api import service
+from text_generation_router.api.chat import chat_completions
+from text_generation_router.api.completions import completions
+from text_generation_router.api.context import CONTEXT_KEY, Context
+from text_generation_router.api.generate import compatible_generate, generate, generate_stream
+from text_generation_router.api.middleware import (
+    answer_errors,
+    answer_headers,
+    answer_preflight,
+    require_api_key,
+)
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 4096
+# How long answers that are complete may take to leave once the engine is drained.
+_LAST_WRITES_S = 2.0
+OPEN_ROUTES: tuple[tuple[str, Handler], ...] = (
+    ("/", service.health),
+    ("/health", service.health),
+    ("/ping", service.health),
+    ("/info", service.info),
+    ("/metrics", service.metrics),
+    ("/v1/models", service.models),
+)
+GENERATION_ROUTES: tuple[tuple[str, Handler], ...] = (
+    ("/", compatible_generate),
+    ("/generate", generate),
+    ("/generate_stream", generate_stream),
+    ("/v1/completions", completions),
+    ("/v1/chat/completions", chat_completions),
+)
+
+
+def build_app(context: Context) -> web.Application:
+    """The application of the main port."""
+    config = context.config
+    app = web.Application(client_max_size=config.payload_limit)
+    app[CONTEXT_KEY] = context
+    for path, handler in OPEN_ROUTES:
+        app.router.add_get(path, handler)
+    open_routes: set[web.AbstractRoute] = set(app.router.routes())  # HEAD comes with GET
+    for path, handler in GENERATION_ROUTES:
+        app.router.add_post(path, handler)
+    app.middlewares.append(answer_preflight)
+    if config.api_key is not None:
+        app.middlewares.append(require_api_key(config.api_key, open_routes))
+    app.middlewares.append(answer_errors)
+    app.on_response_prepare.append(answer_headers(config.cors_allow_origin))
+    return app
+
+
+def build_metrics_app(context: Context) -> web.Application:
+    """The application of the Prometheus port: the metrics alone."""
+    app = web.Application()
+    app[CONTEXT_KEY] = context
+    app.router.add_get("/metrics", service.metrics)
+    return app
+
+
+def bind(hostname: str, port: int) -> socket.socket:
+    """Reserve a port, not listening yet, so that a busy one shows before the model is loaded; 0 picks one."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def write_ports(run_folder: str, port: int, prometheus_port: int) -> None:
+    """Tell the launcher which ports were taken: `router.json` appears whole or not at all."""
+    path = Path(run_folder, "router.json")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"port": port, "prometheus_port": prometheus_port}))
+    os.replace(partial, path)
+
+
+class Server:
+    """Serves one context on two sockets until it is stopped."""
+
+    def __init__(self, context: Context, listener: socket.socket, metrics_listener: socket.socket) -> None:
+        self._context = context
+        self._listeners = (listener, metrics_listener)
+        self._runners = [
+            web.AppRunner(
+                build(context),
+                handler_cancellation=True,
+                auto_decompress=False,
+                access_log=None,
+                shutdown_timeout=_LAST_WRITES_S,
+            )
+            for build in (build_app, build_metrics_app)
+        ]
+
+    async def start(self) -> None:
+        """Listen, and say where."""
+        for runner, listener in zip(self._runners, self._listeners, strict=True):
+            await runner.setup()
+            await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+        port, metrics_port = (listener.getsockname()[1] for listener in self._listeners)
+        if self._context.config.run_folder:
+            write_ports(self._context.config.run_folder, port, metrics_port)
+        logger.info("Serving on %s:%d, metrics also on port %d", self._context.config.hostname, port, metrics_port)
+        logger.info("Connected")
+
+    async def stop(self) -> None:
+        """Refuse new requests, let running ones end within the grace, end the others with an error, and close."""
+        engine, grace_s = self._context.engine, self._context.config.graceful_termination_timeout_s
+        num_running = self._context.permits.num_taken
+        logger.info("Draining: %d requests have up to %g s to end", num_running, grace_s)
+        engine.start_drain()
+        if not await engine.drained(grace_s):
+            logger.warning("Requests were ended before they were done, after %g s", grace_s)
+        # Handlers write what the engine has finished.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WRITES_S):
+                await self._context.permits.wait_all_back()
+        for runner in self._runners:
+            await runner.cleanup()

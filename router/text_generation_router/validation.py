@@ -1,0 +1,236 @@
+"""From what a client asked for to a ValidRequest: the one place where ranges and limits are checked.
+
+Dialects only read types (api/fields.py). A parameter that is known but not honoured is refused by name.
+"""
+
+import secrets
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from text_generation_router.config import RouterConfig
+from text_generation_router.errors import ValidationError
+from text_generation_router.valid_request import SamplingParameters, ValidRequest
+
+# Requests without a limit are planned in pieces of this many new tokens: all that must surely fit.
+MAX_NEW_TOKENS_CHUNK = 1024
+MAX_STOP_STRING_CHARACTERS = 1024
+# Beyond these a temperature changes nothing but overflows float32 logits.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+MAX_SEED = 2**64 - 1
+# Messages call these by their /generate names on every route: clients match on the texts.
+_FIXED_NAMES = ("inputs", "max_new_tokens")
+
+
+class Limits(Protocol):
+    """What model and memory allow, known after warm-up."""
+
+    @property
+    def max_input_tokens(self) -> int:
+        """Longest prompt."""
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Longest sequence, prompt and generated tokens together."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+
+    @property
+    def device_name(self) -> str:
+        """What computes: "cpu", or the GPU's name."""
+
+
+class PromptEncoder(Protocol):
+    """What validation needs of the tokenizer."""
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, computed off the event loop."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What a client asked for beside the prompt, in one form for every dialect. None: not given."""
+
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    is_greedy: bool = False  # wins over everything that switches sampling on
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_stop_string: bool = True
+    ignore_eos: bool = False
+    truncate: int | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    best_of: int | None = None
+    n: int | None = None
+    top_n_tokens: int | None = None
+    watermark: bool = False
+    is_stream: bool = False
+    prefill_details: bool = False
+    # Names of other given parameters that this server does not honour.
+    unsupported: tuple[str, ...] = ()
+    # Field names of the dialect where they differ from the ones above.
+    names: dict[str, str] = field(default_factory=dict)
+
+    def client_name(self, field_name: str) -> str:
+        """What the client calls a field."""
+        return self.names.get(field_name, field_name)
+
+    def given(self) -> dict[str, Any]:
+        """Options that differ from the defaults, for the log; stop strings are a client's text and only counted."""
+        shown = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("names", "stop") and value != option.default:
+                shown[option.name] = value
+        return shown | ({"num_stop_strings": len(self.stop)} if self.stop else {})
+
+
+class Validator:
+    """Checks options against the server's limits and encodes prompts."""
+
+    def __init__(self, config: RouterConfig, limits: Limits, encoder: PromptEncoder) -> None:
+        self._config = config
+        self._limits = limits
+        self._encoder = encoder
+
+    async def validate(
+        self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
+    ) -> ValidRequest:
+        """Build the request for one prompt, text or token ids; raises ValidationError."""
+        self.check_options(options)
+        if not prompt:
+            raise self._error(options, "inputs", "cannot be empty")
+        if isinstance(prompt, str):
+            token_ids = await self._encoder.encode(prompt, add_special_tokens)
+            if not token_ids:
+                raise self._error(options, "inputs", "has no tokens")
+        else:
+            token_ids = prompt
+            self._check_token_ids(token_ids, options)
+        if options.truncate is not None:
+            token_ids = token_ids[-options.truncate :]
+        return ValidRequest(
+            token_ids=token_ids,
+            max_new_tokens=self._fit(len(token_ids), options),
+            sampling=self._sampling(options),
+            stop_strings=options.stop,
+            keep_stop_string=options.keep_stop_string,
+            ignore_eos=options.ignore_eos,
+        )
+
+    def check_options(self, options: GenerationOptions) -> None:
+        """Check everything that does not depend on the prompt; raises ValidationError."""
+        self._check_numbers(options)
+        self._check_counts(options)
+        self._check_stop_strings(options)
+        self._refuse_unsupported(options)
+
+    def _error(self, options: GenerationOptions, field_name: str, reason: str) -> ValidationError:
+        param = options.client_name(field_name)
+        return ValidationError(f"`{field_name if field_name in _FIXED_NAMES else param}` {reason}", param=param)
+
+    def _check_numbers(self, options: GenerationOptions) -> None:
+        for name in ("temperature", "repetition_penalty"):
+            value = getattr(options, name)
+            if value is not None and value <= 0:
+                raise self._error(options, name, f"must be strictly positive. Given: {value}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(options, name)
+            if value is not None and not -2 <= value <= 2:
+                raise self._error(options, name, f"must be >= -2.0 and <= 2.0. Given: {value}")
+        for name in ("top_p", "typical_p"):
+            value = getattr(options, name)
+            if value is not None and not 0 < value < 1:
+                raise self._error(options, name, f"must be > 0.0 and < 1.0. Given: {value}")
+        if options.min_p is not None and not 0 <= options.min_p <= 1:
+            raise self._error(options, "min_p", f"must be >= 0.0 and <= 1.0. Given: {options.min_p}")
+
+    def _check_counts(self, options: GenerationOptions) -> None:
+        config = self._config
+        for name in ("top_k", "max_new_tokens"):
+            value = getattr(options, name)
+            if value is not None and value <= 0:
+                raise self._error(options, name, f"must be strictly positive. Given: {value}")
+        for name, minimum, maximum in (
+            ("best_of", 1, config.max_best_of),
+            ("n", 1, config.max_best_of),
+            ("top_n_tokens", 0, config.max_top_n_tokens),
+            ("truncate", 1, self._limits.max_input_tokens),
+            ("seed", 0, MAX_SEED),
+        ):
+            value = getattr(options, name)
+            if value is not None and not minimum <= value <= maximum:
+                raise self._error(options, name, f"must be >= {minimum} and <= {maximum}. Given: {value}")
+        if options.is_stream and options.prefill_details:
+            raise self._error(options, "decoder_input_details", "is not available in a stream")
+
+    def _check_stop_strings(self, options: GenerationOptions) -> None:
+        most = self._config.max_stop_sequences
+        if len(options.stop) > most:
+            raise self._error(options, "stop", f"takes at most {most} stop strings. Given: {len(options.stop)}")
+        if any(not 1 <= len(text) <= MAX_STOP_STRING_CHARACTERS for text in options.stop):
+            raise self._error(options, "stop", f"strings must have 1 to {MAX_STOP_STRING_CHARACTERS} characters")
+
+    def _refuse_unsupported(self, options: GenerationOptions) -> None:
+        refused = [
+            name
+            for name, neutral in (
+                ("repetition_penalty", 1),
+                ("frequency_penalty", 0),
+                ("presence_penalty", 0),
+                ("typical_p", None),
+                ("min_p", 0),
+                ("top_n_tokens", 0),
+                ("best_of", 1),
+                ("n", 1),
+                ("watermark", False),
+            )
+            if getattr(options, name) not in (None, neutral)
+        ]
+        for name in (*refused, *options.unsupported):
+            raise self._error(options, name, "is not supported by this server")
+
+    def _check_token_ids(self, token_ids: list[int], options: GenerationOptions) -> None:
+        vocab_size = self._limits.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise self._error(options, "inputs", f"must hold token ids >= 0 and < {vocab_size}")
+
+    def _fit(self, num_input_tokens: int, options: GenerationOptions) -> int:
+        """How many new tokens the request may have: the total is checked before the input, as clients expect."""
+        max_total, max_input = self._limits.max_total_tokens, self._limits.max_input_tokens
+        room = max(max_total - num_input_tokens, 0)
+        wanted = options.max_new_tokens if options.max_new_tokens is not None else room
+        if num_input_tokens + min(wanted, MAX_NEW_TOKENS_CHUNK) > max_total:
+            at_fault = "max_new_tokens" if num_input_tokens <= max_input else "inputs"
+            raise ValidationError(
+                f"`inputs` tokens + `max_new_tokens` must be <= {max_total}. "
+                f"Given: {num_input_tokens} `inputs` tokens and {wanted} `max_new_tokens`",
+                param=options.client_name(at_fault),
+            )
+        if num_input_tokens > max_input:
+            raise self._error(options, "inputs", f"must have at most {max_input} tokens. Given: {num_input_tokens}")
+        return min(wanted, room)
+
+    def _sampling(self, options: GenerationOptions) -> SamplingParameters:
+        """Sampling is on when asked for, or when a parameter is set that only sampling honours."""
+        temperature = 1.0 if options.temperature is None else options.temperature
+        is_sampled = options.do_sample or temperature != 1.0 or options.top_k is not None or options.top_p is not None
+        if options.is_greedy or not is_sampled:
+            return SamplingParameters()
+        # 53 bits: the reported seed survives clients that read numbers as doubles.
+        seed = secrets.randbits(53) if options.seed is None else options.seed
+        top_k = options.top_k or 0
+        return SamplingParameters(
+            temperature=min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE),
+            top_k=top_k if top_k < self._limits.vocab_size else 0,
+            top_p=1.0 if options.top_p is None else options.top_p,
+            seed=seed,
+        )
