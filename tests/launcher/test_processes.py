@@ -1,0 +1,253 @@
+"""A launcher process over stand-in children: how it starts, ends, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAKE_SERVER = Path(__file__).with_name("fake_server.py")
+DEADLINE_S = 30.0
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s, f"never: {what}"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Server:
+    """One launcher process, its log and the events its children told."""
+
+    def __init__(self, folder: Path, *flags: str, **variables: str) -> None:
+        self._events = folder / "events"
+        self._events.touch()
+        self._log = folder / "log"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": ":".join(str(ROOT / part) for part in ("launcher", "router", "shard")),
+            "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(folder),
+            "FAKE_EVENTS": str(self._events),
+            **variables,
+        }
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(FAKE_SERVER), "launcher", "--num-shard", "1", *flags],
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def events(self) -> list[str]:
+        return [line.rsplit(" ", 1)[0] for line in self._events.read_text().splitlines()]
+
+    def pids(self) -> dict[str, int]:
+        lines = [line.split() for line in self._events.read_text().splitlines()]
+        return {name: int(pid) for name, event, pid in lines if event == "start"}
+
+    def run_folder(self) -> Path:
+        return Path(next(line.removesuffix(" folder") for line in self.events if line.endswith(" folder")))
+
+    def wait_ready(self) -> None:
+        eventually(lambda: "Ready on" in self.log or self.process.poll() is not None, "ready")
+        assert self.process.poll() is None, self.log
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+    def assert_nothing_left(self) -> None:
+        for name, pid in self.pids().items():
+            eventually(lambda pid=pid: not is_running(pid), f"{name} gone")
+        eventually(lambda: not self.run_folder().exists(), "run folder gone")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start_server(*flags: str, **variables: str) -> Server:
+        servers.append(Server(tmp_path, *flags, **variables))
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        for pid in server.pids().values():
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_router_before_the_shards(start: Callable[..., Server], number: signal.Signals) -> None:
+    server = start("--num-shard", "3", FAKE_DRAIN_S="0.3")
+    server.wait_ready()
+    server.process.send_signal(number)
+    assert server.wait() == 0
+    endings = [event for event in server.events if event.endswith((" sigterm", " exit"))]
+    assert endings[:2] == ["router sigterm", "router exit"]
+    assert sorted(endings[2:]) == sorted(f"shard-{rank} {event}" for rank in range(3) for event in ("sigterm", "exit"))
+    server.assert_nothing_left()
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., Server]) -> None:
+    server = start(FAKE_DRAIN_S="3600")
+    server.wait_ready()
+    server.process.terminate()
+    eventually(lambda: "router sigterm" in server.events, "the router is told")
+    server.process.terminate()
+    assert server.wait() == 0
+    assert "router exit" not in server.events
+    server.assert_nothing_left()
+
+
+def test_a_router_that_ignores_sigterm_is_killed_after_the_timeout(start: Callable[..., Server]) -> None:
+    server = start("--graceful-termination-timeout", "0", FAKE_ROUTER="stuck")
+    server.wait_ready()
+    server.process.terminate()
+    assert server.wait() == 0
+    assert server.events[-2:] == ["shard-0 sigterm", "shard-0 exit"]
+    server.assert_nothing_left()
+
+
+def test_a_signal_during_start_up_stops_what_runs(start: Callable[..., Server]) -> None:
+    server = start(FAKE_SHARD="never-ready")
+    eventually(lambda: "shard-0 start" in server.events, "the shard starts")
+    server.process.terminate()
+    assert server.wait() == 0
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("victim", ["shard-0", "shard-1", "router"])
+def test_the_death_of_one_child_ends_all_with_code_1(start: Callable[..., Server], victim: str) -> None:
+    server = start("--num-shard", "3")
+    server.wait_ready()
+    os.kill(server.pids()[victim], signal.SIGKILL)
+    assert server.wait() == 1
+    last = server.log.splitlines()[-1]
+    assert "ERROR" in last
+    assert f"{victim} was ended by signal SIGKILL" in last
+    server.assert_nothing_left()
+
+
+def test_an_unasked_exit_with_code_0_is_a_death_too(start: Callable[..., Server]) -> None:
+    server = start()
+    server.wait_ready()
+    os.kill(server.pids()["shard-0"], signal.SIGTERM)
+    assert server.wait() == 1
+    assert "shard-0 ended with exit code 0" in server.log.splitlines()[-1]
+    server.assert_nothing_left()
+
+
+def test_a_shard_that_fails_at_start_shows_its_last_lines(start: Callable[..., Server]) -> None:
+    server = start(FAKE_SHARD="die-at-start", LOG_LEVEL="error")
+    assert server.wait() == 1
+    assert "native line 9\n" not in server.log
+    assert "native line 11\n" in server.log
+    assert "cannot load the weights" in server.log
+    assert "shard-0 ended with exit code 7" in server.log.splitlines()[-1]
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("behaviour", ["", "stuck", "never-ready"])
+def test_a_killed_launcher_leaves_nothing(start: Callable[..., Server], tmp_path: Path, behaviour: str) -> None:
+    uds_path = tmp_path / "sockets"
+    server = start("--shard-uds-path", str(uds_path), FAKE_SHARD=behaviour, FAKE_DRAIN_S="3600")
+    if behaviour == "never-ready":
+        eventually(lambda: "shard-0 start" in server.events, "the shard starts")
+    else:
+        server.wait_ready()
+        assert Path(f"{uds_path}-0").is_socket()
+    assert ("descendant" in server.pids()) == (behaviour == "stuck")
+    server.process.kill()
+    server.wait()
+    server.assert_nothing_left()
+    eventually(lambda: not Path(f"{uds_path}-0").exists(), "socket gone")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"), [("error", "No such model: nowhere/nothing."), ("crash", "no library")]
+)
+def test_a_model_that_cannot_be_resolved_ends_the_start(
+    start: Callable[..., Server], failure: str, message: str
+) -> None:
+    server = start(FAKE_MODEL=failure)
+    assert server.wait() == 1
+    assert message in server.log.splitlines()[-1]
+    assert not server.pids()
+    assert not server.run_folder().exists()
+
+
+def test_heads_that_do_not_divide_are_refused_before_any_shard_starts(start: Callable[..., Server]) -> None:
+    server = start("--num-shard", "2")
+    assert server.wait() == 1
+    assert "9 attention heads" in server.log
+    assert "--num-shard may be 1, 3" in server.log
+    assert not server.pids()
+
+
+def test_a_refused_flag_ends_the_start_with_code_1(start: Callable[..., Server]) -> None:
+    server = start("--quantize", "awq")
+    assert server.wait() == 1
+    assert "--quantize awq is not available" in server.log.splitlines()[-1]
+    assert server.events == []
+
+
+def test_children_get_what_was_asked_and_derived(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start("--max-best-of", "7", "--api-key", "secret", "--max-input-length", "20")
+    server.wait_ready()
+    config = json.loads((tmp_path / "router-config.json").read_text())
+    assert (config["max_best_of"], config["max_input_tokens"], config["max_total_tokens"]) == (7, 20, None)
+    assert config["max_batch_prefill_tokens"] == 64  # the model's longest sequence, less than a CPU's 256
+    assert (config["model_id"], config["model_sha"], config["world_size"]) == ("fake/model", "abc", 1)
+    assert oct(server.run_folder().stat().st_mode & 0o777) == "0o700"
+
+
+def test_plain_log_carries_prefix_and_level(start: Callable[..., Server]) -> None:
+    server = start()
+    server.wait_ready()
+    assert "2030-01-02T03:04:05Z  INFO router: fake.child: Connected\n" in server.log
+    assert "a detail" not in server.log
+
+
+def test_json_log_is_one_object_a_line(start: Callable[..., Server]) -> None:
+    server = start("--json-output", LOG_LEVEL="debug", FAKE_SHARD="die-at-start")
+    assert server.wait() == 1
+    records = [json.loads(line) for line in server.log.splitlines()]
+    for record in records:
+        assert {"timestamp", "level", "message", "fields", "target"} <= record.keys()
+        assert record["fields"]["message"] == record["message"]
+    assert [r["level"] for r in records if r["target"] == "shard-0: fake.child"] == ["ERROR"]
+    assert [r["message"] for r in records if r["target"] == "shard-0"] == [f"native line {n}" for n in range(30)]
+    assert records[-1]["level"] == "ERROR"
+
+
+def test_the_timeline_adds_up(start: Callable[..., Server]) -> None:
+    server = start()
+    server.wait_ready()
+    line = next(line for line in server.log.splitlines() if "Start-up took" in line)
+    total, _, phases = line.partition("Start-up took ")[2].partition(" s: ")
+    parts = [part.removesuffix(" s").rsplit(" ", 1) for part in phases.split(", ")]
+    assert [name for name, _ in parts] == ["settings", "resolve model", "start shards", "start router"]
+    assert abs(sum(float(seconds) for _, seconds in parts) - float(total)) <= 0.03  # rounding of five numbers
