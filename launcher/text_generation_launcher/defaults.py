@@ -37,6 +37,8 @@ def check(settings: Settings, environment: Mapping[str, str]) -> RouterConfig:
         given["max_input_tokens"] = older
     if "hostname" in given:
         given["hostname"] = _address(given["hostname"], "hostname" in settings.from_environment)
+    if given.get("api_key") == "":
+        raise SettingsError("--api-key is empty.")
     config = RouterConfig(**given)
     _check_limits(config)
     _report_idle(settings, environment)

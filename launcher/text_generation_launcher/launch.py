@@ -23,8 +23,9 @@ from text_generation_launcher.places import Places, answers, free_port, private_
 from text_generation_launcher.processes import KILL_GRACE_S, Child, StopRequested, Supervisor
 from text_generation_launcher.timeline import Timeline
 
-# Older names of HF_TOKEN.
+# HF_TOKEN and its older names.
 _TOKEN_VARIABLES = ("HF_TOKEN", "HF_API_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_API_KEY_VARIABLE = "API_KEY"
 _ROUTER_KILL_GRACE_S = 2.0
 
 log = logging.getLogger("text_generation_launcher")
@@ -84,8 +85,9 @@ class Launch:
             model = self._resolve_model(supervisor, places)
             defaults.check_model(router_config, model.config, len(places.sockets))
             router_config = defaults.fit_step_to_device(router_config, model.config, is_cpu)
+            router_config = self._router_config(model, places, router_config)
             self._start_shards(supervisor, model, places, is_cpu)
-            self._start_router(supervisor, model, places, router_config)
+            self._start_router(supervisor, places, router_config)
             supervisor.watch()
         except StopRequested:
             log.info("Stopping: the router first, for at most %d s", self._config.graceful_termination_timeout)
@@ -114,7 +116,7 @@ class Launch:
     def _start_shards(self, supervisor: Supervisor, model: ResolvedModel, places: Places, is_cpu: bool) -> None:
         config = self._shard_config(model, places, is_cpu)
         log.info(
-            "Starting %d shards on %s, sockets %s-*, meeting at %s:%d",
+            "Starting shards: %d on %s, sockets %s-*, meeting at %s:%d",
             config.world_size, "the CPU" if is_cpu else "GPUs", places.uds_path, config.master_addr, config.master_port,
         )  # fmt: skip
         for rank in range(config.world_size):
@@ -147,10 +149,13 @@ class Launch:
             log_level=self._log_level,
         )
 
-    def _start_router(self, supervisor: Supervisor, model: ResolvedModel, places: Places, config: RouterConfig) -> None:
-        config = self._router_config(model, places, config)
-        command = [*self._commands.router, "--config-json", _config_argument(config)]
-        self._router = supervisor.spawn("router", command, self._child_environment())
+    def _start_router(self, supervisor: Supervisor, places: Places, config: RouterConfig) -> None:
+        environment = self._child_environment()
+        if config.api_key is not None:
+            # Not on the command line, which every user of the machine can read.
+            environment[_API_KEY_VARIABLE] = config.api_key
+        argument = _config_argument(dataclasses.replace(config, api_key=None))
+        self._router = supervisor.spawn("router", [*self._commands.router, "--config-json", argument], environment)
         ports_file = places.run_folder / "router.json"
         supervisor.wait_until(lambda: _router_serves(ports_file, config.hostname))
         self._timeline.end_phase("start router")
@@ -194,8 +199,9 @@ class Launch:
         return environment
 
     def _child_environment(self) -> dict[str, str]:
-        """The environment without secrets that no shard or router needs."""
-        return {name: value for name, value in self._environment.items() if name not in _TOKEN_VARIABLES}
+        """The environment without secrets."""
+        secrets = (*_TOKEN_VARIABLES, _API_KEY_VARIABLE)
+        return {name: value for name, value in self._environment.items() if name not in secrets}
 
 
 def _config_argument(config: Any) -> str:

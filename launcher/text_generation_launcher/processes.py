@@ -138,13 +138,13 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._kill(self.children)
-        for child in self.children:
-            child.close()
         if self._guardian is not None:
             os.killpg(self._guardian.pid, signal.SIGKILL)  # the children's descendants with it
             self._guardian.wait()
             assert self._guardian.stdin is not None
             self._guardian.stdin.close()
+        for child in self.children:
+            child.close()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

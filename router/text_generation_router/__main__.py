@@ -94,6 +94,8 @@ def main() -> None:
     watch_parent(config.run_folder)
     config = dataclasses.replace(
         config,
+        # The launcher hands the key over here: a command line can be read by every user of the machine.
+        api_key=config.api_key or os.environ.get("API_KEY") or None,
         compute_type=os.environ.get("COMPUTE_TYPE") or config.compute_type,
         docker_label=os.environ.get("DOCKER_LABEL") or config.docker_label,
     )

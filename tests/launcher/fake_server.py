@@ -70,6 +70,7 @@ def shard() -> None:
 
         watch_parent(config["run_folder"])
     tell(name, "start")
+    tell(name, f"key:{os.environ.get('API_KEY')}")
     if behaviour == "die-at-start":
         for number in range(30):
             print(f"native line {number}", flush=True)
@@ -111,6 +112,7 @@ def router() -> None:
     ports.with_suffix(".new").rename(ports)
     Path(os.environ["FAKE_EVENTS"]).with_name("router-config.json").write_text(json.dumps(config))
     tell("router", "start")
+    tell("router", f"key:{os.environ.get('API_KEY')}")
     say("INFO", "Connected")
     say("DEBUG", "a detail")
     wait_forever()

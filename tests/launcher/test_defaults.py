@@ -34,6 +34,12 @@ def test_contradictions_are_refused(arguments: str, message: str) -> None:
         check(*arguments.split())
 
 
+def test_an_empty_api_key_is_refused_as_flag_and_unset_as_variable() -> None:
+    with pytest.raises(SettingsError, match="--api-key is empty"):
+        check("--api-key", "")
+    assert check(API_KEY="").api_key is None
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

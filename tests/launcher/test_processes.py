@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from text_generation_launcher.logs import LogWriter
+from text_generation_launcher.processes import Supervisor
 
 ROOT = Path(__file__).parents[2]
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
@@ -215,13 +217,24 @@ def test_a_refused_flag_ends_the_start_with_code_1(start: Callable[..., Server])
 
 
 def test_children_get_what_was_asked_and_derived(start: Callable[..., Server], tmp_path: Path) -> None:
-    server = start("--max-best-of", "7", "--api-key", "secret", "--max-input-length", "20")
+    server = start("--max-best-of", "7", "--max-input-length", "20")
     server.wait_ready()
     config = json.loads((tmp_path / "router-config.json").read_text())
     assert (config["max_best_of"], config["max_input_tokens"], config["max_total_tokens"]) == (7, 20, None)
     assert config["max_batch_prefill_tokens"] == 64  # the model's longest sequence, less than a CPU's 256
     assert (config["model_id"], config["model_sha"], config["world_size"]) == ("fake/model", "abc", 1)
     assert oct(server.run_folder().stat().st_mode & 0o777) == "0o700"
+
+
+def test_only_the_router_gets_the_api_key_and_nobody_can_read_it(start: Callable[..., Server]) -> None:
+    server = start("--api-key", "secret", API_KEY="another", HF_TOKEN="token")
+    server.wait_ready()
+    eventually(lambda: "router key:secret" in server.events, "the router has the key")
+    assert "shard-0 key:None" in server.events
+    for pid in server.pids().values():
+        assert b"secret" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert b"HF_TOKEN" not in Path(f"/proc/{pid}/environ").read_bytes()
+    assert "secret" not in server.log
 
 
 def test_plain_log_carries_prefix_and_level(start: Callable[..., Server]) -> None:
@@ -251,3 +264,20 @@ def test_the_timeline_adds_up(start: Callable[..., Server]) -> None:
     parts = [part.removesuffix(" s").rsplit(" ", 1) for part in phases.split(", ")]
     assert [name for name, _ in parts] == ["settings", "resolve model", "start shards", "start router"]
     assert abs(sum(float(seconds) for _, seconds in parts) - float(total)) <= 0.03  # rounding of five numbers
+
+
+def test_waiting_is_reported_until_ready(tmp_path: Path) -> None:
+    reports: list[int] = []
+    with Supervisor(LogWriter("error"), [tmp_path / "none"]) as supervisor:
+        supervisor.wait_until(lambda: len(reports) >= 2, lambda: reports.append(1), on_wait_every_s=0.01)
+        supervisor.wait_until(lambda: True, lambda: reports.append(1), on_wait_every_s=0.0)
+    assert len(reports) == 2
+
+
+def test_output_without_a_line_end_and_bytes_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    program = "import os; os.write(2, b'\\xff broken'); os.close(2); os.write(1, b'answer'); os._exit(5)"
+    with Supervisor(LogWriter("error"), [tmp_path / "none"]) as supervisor:
+        child = supervisor.spawn("helper", [sys.executable, "-c", program], os.environ, answers=True)
+        assert supervisor.wait_for_answer(child) == b"answer"
+    assert list(child.last_lines) == ["\ufffd broken"]
+    assert child.ending() == "ended with exit code 5"
