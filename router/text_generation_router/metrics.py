@@ -24,7 +24,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = Registry()
-        self._scrape_callbacks: list[Callable[[], None]] = []
         self._refresh: list[Callable[[], None]] = []
         self._add_request_metrics()
         self._add_batch_metrics()

@@ -97,3 +97,5 @@ class Context:
 
 
 CONTEXT_KEY = web.AppKey("context", Context)
+# Names of the request's fields that have no effect, for the header x-ignored-parameters.
+IGNORED_KEY = web.RequestKey("ignored_parameters", str)

@@ -8,7 +8,7 @@ from types import TracebackType
 import orjson
 from aiohttp import web
 
-from text_generation_router.api.context import CONTEXT_KEY, Context
+from text_generation_router.api.context import CONTEXT_KEY, IGNORED_KEY, Context
 from text_generation_router.api.fields import Fields
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
@@ -108,7 +108,7 @@ class GenerationRequest:
         if names:
             text = ",".join("".join(c for c in name if " " < c <= "~") for name in names)
             text = text[:_MAX_IGNORED_HEADER_CHARACTERS]
-            self.http["ignored_parameters"] = text
+            self.http[IGNORED_KEY] = text
             logger.debug("Ignored parameters of request %s: %s", self.request_id, text)
 
     def admit(self, num_prompts: int = 1) -> None:

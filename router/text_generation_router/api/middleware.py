@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from text_generation_router.api.context import CONTEXT_KEY, Context
+from text_generation_router.api.context import CONTEXT_KEY, IGNORED_KEY, Context
 from text_generation_router.api.responses import (
     DRAIN_RETRY_AFTER_S,
     as_router_error,
@@ -42,8 +42,9 @@ def answer_headers(allowed_origins: tuple[str, ...]) -> ResponseSignal:
             response.headers["Vary"] = "Origin"
             if origin in allowed_origins:
                 response.headers["Access-Control-Allow-Origin"] = origin
-        if "ignored_parameters" in request:
-            response.headers["x-ignored-parameters"] = request["ignored_parameters"]
+        if (ignored := request.get(IGNORED_KEY)) is not None:
+            response.headers["x-ignored-parameters"] = ignored
+        response.headers.popall("Server", None)  # versions are nobody's business
 
     return add_headers
 

@@ -1,0 +1,161 @@
+"""A server on a real port around a scripted engine, for the tests of the HTTP side."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from text_generation_router.api.context import Context
+from text_generation_router.app import Server, bind
+from text_generation_router.config import RouterConfig
+from text_generation_router.errors import IncompleteGeneration, RouterError, ShuttingDown, TemplateError
+from text_generation_router.metrics import Metrics
+from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
+from text_generation_router.valid_request import ValidRequest
+
+BOS_TOKEN_ID = 1
+END_TOKEN_ID = 299
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeLimits:
+    max_input_tokens: int = 64
+    max_total_tokens: int = 100
+    vocab_size: int = 300
+    device_name: str = "Some GPU 80GB"
+
+
+class FakeTokenizer:
+    """A token is a byte of UTF-8; 1 is BOS, 299 ends a text."""
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        await asyncio.sleep(0)
+        return [BOS_TOKEN_ID] * add_special_tokens + list(text.encode())
+
+    def token_text(self, token_id: int) -> str:
+        return "<|end|>" if token_id == END_TOKEN_ID else chr(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.token_text(token_id).encode()
+
+
+class FakeChatTemplate:
+    async def render(self, messages: list[dict[str, object]]) -> str:
+        if messages[0]["role"] == "bad":
+            raise TemplateError("no such role")
+        return "".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:"
+
+
+class FakeEngine:
+    """Answers every request with `answer`, a token a character, then END; or fails after it, or hangs.
+
+    `log` has the requests, `cancelled` the streams whose handlers ended, `left` those cancelled while running.
+    """
+
+    def __init__(self, answer: str = "Hi you", error: RouterError | None = None, is_hanging: bool = False) -> None:
+        self.limits = FakeLimits()
+        self.answer, self.error, self.is_hanging = answer, error, is_hanging
+        self.tokens_at_once = 1
+        self.log: list[ValidRequest] = []
+        self.left: list[TokenStream] = []
+        self.is_draining = False
+        self.healthy = True
+        self._running: dict[int, tuple[TokenStream, asyncio.Task[None]]] = {}
+
+    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+        if self.is_draining:
+            raise ShuttingDown
+        self.log.append(request)
+        timings.queued_ns = time.monotonic_ns()
+        stream = TokenStream(len(request.token_ids), len(self.log), timings)
+        stream.note_scheduled(time.monotonic_ns(), num_cached_tokens=2)
+        self._running[stream.sequence_id] = (stream, asyncio.ensure_future(self._answer(request, stream)))
+        return stream
+
+    async def _answer(self, request: ValidRequest, stream: TokenStream) -> None:
+        tokens = [TokenOutput(ord(c), -0.5, c, False) for c in self.answer]
+        tokens.append(TokenOutput(END_TOKEN_ID, -0.25, "", True))
+        is_cut = len(tokens) > request.max_new_tokens
+        tokens = tokens[: request.max_new_tokens]
+        for start in range(0, len(tokens), self.tokens_at_once):
+            await asyncio.sleep(0)
+            stream.write(tokens[start : start + self.tokens_at_once])
+            if start + self.tokens_at_once >= len(tokens) and not self.error and not self.is_hanging:
+                stream.finish(FinishReason.LENGTH if is_cut else FinishReason.EOS_TOKEN)
+        if self.error is not None:
+            stream.fail(self.error)
+        if not self.is_hanging:
+            del self._running[stream.sequence_id]
+
+    def cancel(self, stream: TokenStream) -> None:
+        _, task = self._running.pop(stream.sequence_id, (None, None))
+        if task is not None:
+            task.cancel()
+            self.left.append(stream)
+
+    def is_healthy(self) -> bool:
+        return self.healthy and not self.is_draining
+
+    def start_drain(self) -> None:
+        self.is_draining = True
+
+    async def drained(self, timeout_s: float) -> bool:
+        deadline_s = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.005)
+        for stream, task in self._running.values():
+            task.cancel()
+            stream.fail(IncompleteGeneration(": the server is shutting down"))
+        is_done = not self._running
+        self._running.clear()
+        return is_done
+
+
+@dataclasses.dataclass
+class Served:
+    """A running server and a client that knows its address."""
+
+    context: Context
+    engine: FakeEngine
+    server: Server
+    client: aiohttp.ClientSession
+    url: str
+    metrics_url: str
+
+    def counts(self) -> dict[str, float]:
+        """Samples without labels, and the failures by reason, as the exposition has them."""
+        lines = [line for line in self.context.metrics.text().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+@asynccontextmanager
+async def _serving(engine: FakeEngine | None = None, **config: object) -> AsyncIterator[Served]:
+    engine = engine or FakeEngine()
+    settings = RouterConfig(**({"model_id": "org/model", "graceful_termination_timeout_s": 1.0} | config))
+    metrics = Metrics()
+    metrics.set_limits(engine.limits.max_input_tokens, engine.limits.max_total_tokens)
+    context = Context(settings, engine, FakeTokenizer(), FakeChatTemplate(), metrics, version="4.0.0")
+    listeners = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
+    url, metrics_url = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
+    server = Server(context, *listeners)
+    await server.start()
+    try:
+        async with aiohttp.ClientSession(url) as client:
+            yield Served(context, engine, server, client, url, metrics_url)
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+def serving() -> Callable[..., object]:
+    """`async with serving(engine, **config) as served`."""
+    return _serving
+
+
+@pytest.fixture
+def make_engine() -> type[FakeEngine]:
+    """The scripted engine's class."""
+    return FakeEngine
