@@ -1,0 +1,119 @@
+"""Text to token ids, off the event loop, and what the model's files say about special tokens."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as BackendTokenizer
+
+from text_generation_router.errors import ValidationError
+from text_generation_router.tokenizer_files import BrokenTokenizer, TokenizerFiles
+from text_generation_router.vocabulary import Vocabulary, build_vocabulary
+
+# Ends of a turn in well-known chat templates; one that the model's template names ends a text too.
+END_OF_TURN_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|eot|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<turn|>",
+)
+
+
+class Tokenizer:
+    """One model's tokenizer; `num_threads` of texts are encoded at once. Raises BrokenTokenizer."""
+
+    def __init__(self, folder: str | Path, num_threads: int) -> None:
+        files = TokenizerFiles.read(folder)
+        self._backend, decoder = _load_backend(Path(folder) / "tokenizer.json")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        size = files.config.get("vocab_size")
+        self.vocabulary: Vocabulary = build_vocabulary(self._backend, decoder, size if isinstance(size, int) else 0)
+        self.bos_token_id = _bos_token_id(files, self._backend)
+        self.eos_token_ids = frozenset(_eos_token_ids(files, self.vocabulary, self._backend))
+        # None: tokenizer.json alone decides; else tokenizer_config.json does.
+        self._adds_bos: bool | None = files.tokenizer_config.get("add_bos_token")
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, special tokens in it included; BOS once where the model wants one.
+
+        Runs in the thread pool; cancelling the caller takes a text that still waits out of it.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(self.encode_now, text, add_special_tokens))
+
+    def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`encode` in the calling thread."""
+        uses_processor = add_special_tokens and self._adds_bos is None
+        try:
+            # A batch of one lets other threads run meanwhile; `encode` does not.
+            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=uses_processor)
+        except UnicodeEncodeError as error:
+            raise ValidationError(f"text holds a lone surrogate at character {error.start}") from error
+        ids: list[int] = encoding.ids
+        bos = self.bos_token_id
+        if not add_special_tokens or bos is None:
+            return ids
+        if self._adds_bos and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids[1:] if uses_processor and ids[:2] == [bos, bos] else ids
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is left out of visible text."""
+        return self.vocabulary.is_special(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text, special tokens included."""
+        return self.vocabulary.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, special tokens included; a character may be spread over several tokens."""
+        return self.vocabulary.own_bytes(token_id)
+
+    def close(self) -> None:
+        """End the threads; texts that still wait are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _load_backend(path: Path) -> tuple[BackendTokenizer, dict[str, Any] | None]:
+    """The tokenizer in a tokenizer.json, and how the file describes its decoder."""
+    if not path.exists():
+        raise BrokenTokenizer(f"{path} is missing")
+    try:
+        backend = BackendTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise BrokenTokenizer(f"{path} is not usable: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    decoder = backend.decoder
+    return backend, None if decoder is None else json.loads(decoder.__getstate__())
+
+
+def _bos_token_id(files: TokenizerFiles, backend: BackendTokenizer) -> int | None:
+    token = files.special_token("bos_token")
+    token_id: int | None = backend.token_to_id(token) if token is not None else None
+    if token_id is None and isinstance(files.config.get("bos_token_id"), int):
+        token_id = files.config["bos_token_id"]
+    return token_id
+
+
+def _eos_token_ids(files: TokenizerFiles, vocabulary: Vocabulary, backend: BackendTokenizer) -> Iterator[int]:
+    """Every id that ends a text, from whichever file names it."""
+    for values in (files.config, files.generation_config):
+        ids = values.get("eos_token_id")
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token_id, int):
+                yield token_id
+    names = [files.special_token("eos_token")]
+    names += [token for token in END_OF_TURN_TOKENS if token in files.chat_template]
+    for name in names:
+        token_id = backend.token_to_id(name) if name is not None else None
+        if token_id is not None and (name == names[0] or vocabulary.is_special(token_id)):
+            yield token_id
