@@ -1,0 +1,251 @@
+"""Plans the attention of one step: cuts it into items of equal cost for a fixed number of workers.
+
+Runs on the host from lengths the host knows (a decoding sequence grows by one), so a step can be planned before the
+one ahead of it has ended. Numpy alone: no tensors, no device. What the arrays mean is in `attention_layout`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.shared_prefix import SharedPrefix
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Tokens of one sequence (or, with a shared prefix, of several) and the keys they attend to; one entry each."""
+
+    is_wide: np.ndarray
+    first_row: np.ndarray
+    num_rows: np.ndarray
+    table: np.ndarray
+    key_start: np.ndarray
+    full_start: np.ndarray
+    full_end: np.ndarray
+    key_end: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The items of one kernel, in the order of its workers."""
+
+    unit: np.ndarray  # [items]
+    first_tile: np.ndarray  # [items] counted from the unit's first key
+    end_tile: np.ndarray  # [items]
+    worker_starts: np.ndarray  # [workers + 1] first item of each worker
+
+
+def plan_attention(
+    layout: AttentionLayout,
+    buffer: np.ndarray,  # [layout.size] int32, overwritten
+    query_starts: np.ndarray,  # [B + 1]: first token of each sequence, then the number of tokens
+    sequence_lengths: np.ndarray,  # [B]: keys of each sequence, this step's tokens included
+    sliding_window: int | None = None,
+    shared_prefixes: Sequence[SharedPrefix] = (),
+) -> None:
+    """Write the items, rows and merges of a step into `buffer`.
+
+    Shared prefixes are left unused with a sliding window, which seldom reaches back to them. Tokens after the last
+    query start (the padding of a graph) get no item, and their output is not written.
+    """
+    starts, lengths = query_starts.astype(np.int64), sequence_lengths.astype(np.int64)
+    groups = [] if sliding_window is not None else list(shared_prefixes)
+    _check(layout, buffer, starts, lengths, groups)
+    own = _own_units(layout, starts, lengths, sliding_window, groups)
+    tokens, positions = _token_positions(starts, lengths)
+    units, group_tokens = _with_groups(layout, own, starts, len(tokens), groups)
+    pieces = np.zeros(len(units.table), dtype=np.int64)
+    cuts: list[tuple[str, Tile, np.ndarray, _Cut]] = []
+    for name, tile, is_kind in (("narrow", layout.narrow, ~units.is_wide), ("wide", layout.wide, units.is_wide)):
+        if tile is not None:
+            chosen = np.flatnonzero(is_kind)
+            num_tiles = -(-(units.key_end - units.key_start)[chosen] // tile.keys)
+            cut = _cut(num_tiles, tile)
+            pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
+            cuts.append((name, tile, chosen, cut))
+    is_split = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
+    for name, tile, chosen, cut in cuts:
+        _write_items(layout, buffer, name, tile, units, chosen, cut, is_split)
+        layout.view(buffer, f"{name}_starts")[:] = cut.worker_starts
+    if layout.wide is None:
+        layout.view(buffer, "wide_starts")[:] = 0
+
+
+def _check(
+    layout: AttentionLayout, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, groups: list[SharedPrefix]
+) -> None:
+    query_lengths = np.diff(starts)
+    assert buffer.shape == (layout.size,)
+    assert buffer.dtype == np.int32
+    assert starts.shape == (len(lengths) + 1,)
+    assert starts[0] == 0
+    assert len(lengths) <= layout.max_sequences
+    assert starts[-1] <= layout.max_tokens
+    assert (query_lengths >= 0).all()
+    assert (query_lengths <= lengths).all(), "a sequence's newest tokens are among its keys"
+    if layout.wide is None:
+        assert (query_lengths <= layout.narrow_tokens).all(), "prompts need the wide kernel"
+    for group in groups:
+        assert group.length % layout.block_size == 0
+        assert (query_lengths[group.sequences] == 1).all()
+        assert (lengths[group.sequences] > group.length).all()
+
+
+def _token_positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.arange(starts[-1])
+    return tokens, tokens + np.repeat(lengths - starts[1:], np.diff(starts))
+
+
+def _own_units(
+    layout: AttentionLayout,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    sliding_window: int | None,
+    groups: list[SharedPrefix],
+) -> _Units:
+    """Each sequence's tokens, a tile's worth at a time, in token order."""
+    query_lengths = np.diff(starts)
+    skipped = np.zeros(len(lengths), dtype=np.int64)
+    for group in groups:
+        skipped[group.sequences] = group.length
+    is_wide = query_lengths > layout.narrow_tokens
+    tile_tokens = np.where(is_wide, max(layout.wide_tokens, 1), layout.narrow_tokens)
+    num_units = -(-query_lengths // tile_tokens)
+    table = np.repeat(np.arange(len(lengths)), num_units)
+    offset = (np.arange(len(table)) - _exclusive_sum(num_units)[table]) * tile_tokens[table]
+    num_rows = np.minimum(tile_tokens[table], query_lengths[table] - offset)
+    first = (lengths - query_lengths)[table] + offset  # position of the unit's first token
+    key_start, seen_by_all = skipped[table], skipped[table]
+    if sliding_window is not None:
+        reach = np.maximum(first - sliding_window + 1, 0)
+        key_start = reach // layout.block_size * layout.block_size
+        seen_by_all = np.maximum(first + num_rows - sliding_window, key_start)
+    keys = np.where(is_wide, 0 if layout.wide is None else layout.wide.keys, layout.narrow.keys)[table]
+    full_start = key_start + -(-(seen_by_all - key_start) // keys) * keys
+    full_end = key_start + (first + 1 - key_start) // keys * keys
+    key_end = first + num_rows
+    return _Units(is_wide[table], starts[table] + offset, num_rows, table, key_start, full_start, full_end, key_end)
+
+
+def _with_groups(
+    layout: AttentionLayout, own: _Units, starts: np.ndarray, num_tokens: int, groups: list[SharedPrefix]
+) -> tuple[_Units, np.ndarray]:
+    """The own units and those of shared prefixes, whose rows follow the step's tokens; the tokens of these rows."""
+    if not groups:
+        return own, np.zeros(0, dtype=np.int64)
+    columns: list[tuple[int, ...]] = []
+    first_row = num_tokens
+    for group in groups:
+        is_wide = layout.wide is not None and len(group.sequences) > layout.narrow_tokens
+        tile = layout.wide if is_wide and layout.wide is not None else layout.narrow
+        tile_tokens = tile.rows // layout.group_size
+        full_end = group.length // tile.keys * tile.keys
+        for offset in range(0, len(group.sequences), tile_tokens):
+            num_rows = min(tile_tokens, len(group.sequences) - offset)
+            table = int(group.sequences[0])
+            columns.append((is_wide, first_row, num_rows, table, 0, 0, full_end, group.length))
+            first_row += num_rows
+    is_wide, *rest = np.array(columns, dtype=np.int64).T
+    tokens = starts[np.concatenate([group.sequences for group in groups])]
+    assert len(np.unique(tokens)) == len(tokens), "a sequence is in one group at most"
+    joined = [np.concatenate(pair) for pair in zip(_columns(own), [is_wide.astype(bool), *rest], strict=True)]
+    return _Units(*joined), tokens
+
+
+def _columns(units: _Units) -> list[np.ndarray]:
+    return [
+        units.is_wide, units.first_row, units.num_rows, units.table,
+        units.key_start, units.full_start, units.full_end, units.key_end,
+    ]  # fmt: skip
+
+
+def _cut(num_tiles: np.ndarray, tile: Tile) -> _Cut:
+    """Give each worker an equal stretch of all tiles laid end to end, or, with little to do, one piece of a unit."""
+    total, workers = int(num_tiles.sum()), tile.num_workers
+    share = -(-total // workers)
+    if share < tile.min_key_tiles:
+        pieces = -(-num_tiles // tile.min_key_tiles)
+        if pieces.sum() <= workers:
+            unit = np.repeat(np.arange(len(num_tiles)), pieces)
+            piece = np.arange(len(unit)) - _exclusive_sum(pieces)[unit]
+            first = piece * num_tiles[unit] // pieces[unit]
+            end = (piece + 1) * num_tiles[unit] // pieces[unit]
+            return _Cut(unit, first, end, np.minimum(np.arange(workers + 1), len(unit)))
+    if total == 0:
+        none = np.zeros(0, dtype=np.int64)
+        return _Cut(none, none, none, np.zeros(workers + 1, dtype=np.int64))
+    starts = _exclusive_sum(num_tiles)
+    cuts = np.union1d(starts, np.arange(0, total, share))
+    unit = np.searchsorted(starts, cuts, side="right") - 1
+    ends = np.append(cuts[1:], total)
+    worker_starts = np.searchsorted(cuts, np.arange(workers + 1) * share)
+    return _Cut(unit, cuts - starts[unit], ends - starts[unit], worker_starts)
+
+
+def _write_rows(
+    layout: AttentionLayout,
+    buffer: np.ndarray,
+    units: _Units,
+    pieces: np.ndarray,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    group_tokens: np.ndarray,
+) -> np.ndarray:
+    """Rows and merges; returns which units write partial results.
+
+    A token's partial results lie side by side: those of its own unit, then those of its shared prefix.
+    """
+    row_pieces = np.repeat(pieces, units.num_rows)  # rows lie in the order of the units
+    own_pieces = row_pieces[: len(tokens)]
+    num_slots = own_pieces.copy()
+    num_slots[group_tokens] += row_pieces[len(tokens) :]
+    num_slots[num_slots == 1] = 0
+    slots = _exclusive_sum(num_slots)
+    assert num_slots.sum() <= layout.max_partials
+    row_tokens = np.concatenate((tokens, group_tokens))
+    num_rows = len(row_tokens)
+    layout.view(buffer, "row_tokens")[:num_rows] = row_tokens
+    layout.view(buffer, "row_positions")[:num_rows] = positions[row_tokens]
+    row_slots = layout.view(buffer, "row_slots")
+    row_slots[: len(tokens)] = slots
+    row_slots[len(tokens) : num_rows] = slots[group_tokens] + own_pieces[group_tokens]
+    merged = np.flatnonzero(num_slots)
+    layout.view(buffer, "num_merged")[0] = len(merged)
+    table = layout.view(buffer, "merged")
+    table[: len(merged), 0] = merged
+    table[: len(merged), 1] = slots[merged]
+    table[: len(merged), 2] = num_slots[merged]
+    is_split: np.ndarray = num_slots[row_tokens[units.first_row]] > 0
+    return is_split
+
+
+def _write_items(
+    layout: AttentionLayout,
+    buffer: np.ndarray,
+    name: str,
+    tile: Tile,
+    units: _Units,
+    chosen: np.ndarray,  # the units of this kernel
+    cut: _Cut,
+    is_split: np.ndarray,  # of every unit
+) -> None:
+    unit = chosen[cut.unit]
+    key_start = units.key_start[unit] + cut.first_tile * tile.keys
+    key_end = np.minimum(units.key_start[unit] + cut.end_tile * tile.keys, units.key_end[unit])
+    full_start = np.clip(units.full_start[unit], key_start, key_end)
+    full_end = np.minimum(units.full_end[unit], key_end)
+    # Without a whole tile that all rows see, the masked keys to the right are all of them.
+    has_full = full_end > full_start
+    full_start, full_end = np.where(has_full, full_start, key_start), np.where(has_full, full_end, key_start)
+    first_of_unit = np.searchsorted(cut.unit, cut.unit)
+    piece = np.where(is_split[unit], np.arange(len(unit)) - first_of_unit, -1)
+    first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], units.table[unit]
+    columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece)
+    layout.view(buffer, f"{name}_items")[: len(unit)] = np.stack(columns, axis=1)
+
+
+def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
+    sums: np.ndarray = np.cumsum(counts) - counts
+    return sums

@@ -1,0 +1,94 @@
+"""The group of ranks that split one model: joining it, and the few collectives a step needs.
+
+At world size 1 no group exists and every collective returns at once.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+
+
+def join_group(rank: int, world_size: int, master_addr: str, master_port: int, device: torch.device) -> None:
+    """Meet the other ranks at rank 0's address (gloo on CPUs, NCCL on GPUs)."""
+    if world_size == 1:
+        return
+    address = socket.gethostbyname(master_addr)
+    if address.startswith("127."):
+        # Ranks of one machine have no reason to listen where others can reach them.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = _rendezvous_store(rank, world_size, address, master_port)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=JOIN_TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def _rendezvous_store(rank: int, world_size: int, address: str, port: int) -> dist.Store:
+    """The group's key-value store. Rank 0 binds it to the one address; left alone it would listen on all."""
+    if rank != 0:
+        return dist.TCPStore(address, port, world_size, is_master=False, timeout=JOIN_TIMEOUT)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen()
+        return dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=True,
+            timeout=JOIN_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+
+def leave_group() -> None:
+    """End the group; the others' next collective fails."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def group_size() -> int:
+    """Number of ranks in the group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_min(tensor: torch.Tensor) -> torch.Tensor:
+    """Smallest value over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The ranks' tensors side by side along the last dimension, on every rank."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Rank `source`'s values on every rank, in place."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=source)
+    return tensor

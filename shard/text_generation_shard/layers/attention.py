@@ -1,0 +1,67 @@
+"""Self-attention over paged KV memory: projections, rotary embedding, the cache, the output product."""
+
+import torch
+from text_generation_kernels import reference
+from torch import nn
+
+from text_generation_shard.forward_context import get_forward_context
+from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
+from text_generation_shard.layers.norm import RMSNorm
+from text_generation_shard.layers.partition import Partition, WeightTarget
+from text_generation_shard.layers.rotary import RotaryEmbedding
+from text_generation_shard.model_config import ModelConfig
+
+
+class Attention(nn.Module):
+    """This rank's heads of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, partition: Partition) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.num_heads = partition.share(config.num_heads)
+        self.num_kv_heads = partition.share(config.num_kv_heads)
+        self.scale = config.head_dim**-0.5
+        self.sliding_window = config.sliding_windows[layer]
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, (query_size, kv_size, kv_size), config.has_qkv_bias, partition
+        )
+        self.output = RowParallelLinear(query_size, config.hidden_size, config.has_output_bias, partition)
+        self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, partition) if config.has_qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, partition) if config.has_qk_norm else None
+        self.rotary = rotary
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Write this step's keys and values, attend to all of the sequence's."""  # [T, hidden] -> [T, hidden]
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = self.rotary(query, key, positions)
+        return self.output(self._attend(query, key, value).flatten(1))  # type: ignore[no-any-return]
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        context = get_forward_context()
+        key_cache, value_cache = context.kv_caches[self.layer]
+        reference.write_kv(key, value, key_cache, value_cache, context.slot_mapping)
+        return reference.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            context.block_tables,
+            context.query_starts,
+            context.sequence_lengths,
+            context.max_query_length,
+            context.max_sequence_length,
+            self.scale,
+            self.sliding_window,
+        )
+
+    def targets(self, name: str) -> dict[str, WeightTarget]:
+        """Targets of the checkpoint's tensors under `name`."""
+        targets = self.qkv.targets([f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
+        targets |= self.output.targets(f"{name}.o_proj")
+        if self.query_norm is not None and self.key_norm is not None:
+            targets |= self.query_norm.targets(f"{name}.q_norm") | self.key_norm.targets(f"{name}.k_norm")
+        return targets

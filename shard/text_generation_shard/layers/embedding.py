@@ -1,0 +1,56 @@
+"""Token embedding and output head, both split over the ranks by vocabulary."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from text_generation_shard import distributed
+from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
+
+
+class VocabParallelEmbedding(nn.Module):
+    """This rank's range of the vocabulary, which is padded so that all ranges are equally long."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        partition: Partition,
+        tied_to: "VocabParallelEmbedding | None" = None,
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.share = -(-vocab_size // partition.world_size)
+        self.first_id = partition.rank * self.share
+        self.weight = partition.parameter(self.share, hidden_size) if tied_to is None else tied_to.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the tokens, on every rank."""  # [T] -> [T, hidden]
+        if self.partition.world_size == 1:
+            return F.embedding(input_ids, self.weight)
+        local_ids = input_ids - self.first_id
+        is_elsewhere = (local_ids < 0) | (local_ids >= self.share)
+        output = F.embedding(local_ids.masked_fill(is_elsewhere, 0), self.weight)
+        return distributed.all_reduce(output.masked_fill(is_elsewhere.unsqueeze(1), 0))
+
+    def targets(self, name: str) -> dict[str, WeightTarget]:
+        """Target of the checkpoint matrix `name` (without `.weight`)."""
+        return {f"{name}.weight": WeightTarget(self.weight, (self.vocab_size, self.hidden_size), self._load)}
+
+    def _load(self, tensor: CheckpointTensor) -> None:
+        start = min(self.first_id, self.vocab_size)
+        end = min(self.first_id + self.share, self.vocab_size)
+        if end > start:
+            self.weight[: end - start].copy_(tensor.read(slice(start, end)))
+        self.weight[end - start :].zero_()
+
+
+class LanguageModelHead(VocabParallelEmbedding):
+    """Hidden states to logits; with tied embeddings the weight is the embedding's."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary, complete on every rank."""  # [R, hidden] -> [R, vocab]
+        logits = distributed.all_gather(F.linear(hidden, self.weight))
+        return logits[:, : self.vocab_size]

@@ -1,0 +1,78 @@
+"""Linear layers split over the ranks by output (column parallel) or by input (row parallel)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from text_generation_shard import distributed
+from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
+
+
+class ColumnParallelLinear(nn.Module):
+    """Several checkpoint matrices packed into one product; of each, this rank holds its share of the rows."""
+
+    def __init__(self, input_size: int, output_sizes: Sequence[int], has_bias: bool, partition: Partition) -> None:
+        super().__init__()
+        self.partition = partition
+        self.input_size = input_size
+        self.output_sizes = tuple(output_sizes)
+        self.shares = [partition.share(size) for size in output_sizes]
+        self.weight = partition.parameter(sum(self.shares), input_size)
+        self.bias = partition.parameter(sum(self.shares)) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's outputs of all packed matrices, one after another."""  # [T, input] -> [T, sum(shares)]
+        return F.linear(x, self.weight, self.bias)
+
+    def targets(self, names: Sequence[str]) -> dict[str, WeightTarget]:
+        """Targets of the packed checkpoint matrices, named without `.weight`, in packing order."""
+        assert len(names) == len(self.output_sizes)
+        targets = {}
+        for part, name in enumerate(names):
+            targets[f"{name}.weight"] = self._target(self.weight, part, (self.output_sizes[part], self.input_size))
+            if self.bias is not None:
+                targets[f"{name}.bias"] = self._target(self.bias, part, (self.output_sizes[part],))
+        return targets
+
+    def _target(self, parameter: nn.Parameter, part: int, shape: tuple[int, ...]) -> WeightTarget:
+        start = sum(self.shares[:part])
+        destination = parameter[start : start + self.shares[part]]
+        rows = self.partition.rows(self.output_sizes[part])
+        return WeightTarget(parameter, shape, lambda tensor: _copy(destination, tensor.read(rows)))
+
+
+class RowParallelLinear(nn.Module):
+    """A matrix of which this rank holds its share of the columns; the ranks' partial products are summed."""
+
+    def __init__(self, input_size: int, output_size: int, has_bias: bool, partition: Partition) -> None:
+        super().__init__()
+        self.partition = partition
+        self.input_size = input_size
+        self.output_size = output_size
+        self.weight = partition.parameter(output_size, partition.share(input_size))
+        self.bias = partition.parameter(output_size) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole output, on every rank."""  # [T, input / world_size] -> [T, output]
+        if self.partition.world_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        output = distributed.all_reduce(F.linear(x, self.weight))
+        return output if self.bias is None else output + self.bias
+
+    def targets(self, name: str) -> dict[str, WeightTarget]:
+        """Targets of the checkpoint matrix `name` (without `.weight`)."""
+
+        def load(tensor: CheckpointTensor) -> None:
+            columns = self.partition.rows(self.input_size)
+            _copy(self.weight, tensor.read(slice(0, self.output_size), columns))
+
+        targets = {f"{name}.weight": WeightTarget(self.weight, (self.output_size, self.input_size), load)}
+        if self.bias is not None:
+            targets[f"{name}.bias"] = self.partition.whole(self.bias)
+        return targets
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
+    destination.copy_(source)

@@ -1,0 +1,59 @@
+"""One rank's share of each weight, and the way a checkpoint's tensors reach it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class CheckpointTensor(Protocol):
+    """A tensor in a checkpoint, of which only the part asked for is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
+        """Rows `rows`, and of those the columns `columns`."""
+
+
+@dataclass(frozen=True)
+class WeightTarget:
+    """Where one checkpoint tensor goes."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]  # of the whole tensor, before it is split
+    load: Callable[[CheckpointTensor], None]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which rank of how many this is, and what its tensors are made of."""
+
+    rank: int
+    world_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def share(self, size: int) -> int:
+        """How much of a dimension each rank holds."""
+        assert size % self.world_size == 0, "ModelConfig.check_divisible has refused this"
+        return size // self.world_size
+
+    def rows(self, size: int) -> slice:
+        """This rank's range of a dimension."""
+        share = self.share(size)
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An unfilled parameter."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def whole(self, parameter: nn.Parameter) -> WeightTarget:
+        """The target of a parameter that every rank holds in full."""
+
+        def load(tensor: CheckpointTensor) -> None:
+            parameter.copy_(tensor.read(slice(0, tensor.shape[0])))
+
+        return WeightTarget(parameter, tuple(parameter.shape), load)

@@ -1,0 +1,85 @@
+"""The Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told apart by flags of ModelConfig."""
+
+import torch
+from torch import nn
+
+from text_generation_shard.layers.attention import Attention
+from text_generation_shard.layers.embedding import LanguageModelHead, VocabParallelEmbedding
+from text_generation_shard.layers.mlp import GatedMLP
+from text_generation_shard.layers.norm import RMSNorm
+from text_generation_shard.layers.partition import Partition, WeightTarget
+from text_generation_shard.layers.rotary import RotaryEmbedding
+from text_generation_shard.model_config import ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm that first adds what came before to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, partition: Partition) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, partition)
+        self.attention = Attention(config, layer, rotary, partition)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, partition)
+        self.mlp = GatedMLP(config, partition)
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output of the MLP and the residual it is still to be added to."""
+        if residual is None:
+            normed, residual = self.attention_norm(hidden), hidden
+        else:
+            normed, residual = self.attention_norm.add(hidden, residual)
+        normed, residual = self.mlp_norm.add(self.attention(normed, positions), residual)
+        return self.mlp(normed), residual
+
+    def targets(self, name: str) -> dict[str, WeightTarget]:
+        """Targets of the checkpoint's tensors under `name`."""
+        return (
+            self.attention_norm.targets(f"{name}.input_layernorm")
+            | self.attention.targets(f"{name}.self_attn")
+            | self.mlp_norm.targets(f"{name}.post_attention_layernorm")
+            | self.mlp.targets(f"{name}.mlp")
+        )
+
+
+class LlamaModel(nn.Module):
+    """One rank's part of the model. Call it inside `forward_context` and `torch.inference_mode`."""
+
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, partition)
+        rotary = RotaryEmbedding(config, partition.device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, rotary, partition) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, partition)
+        self.head = LanguageModelHead(
+            config.vocab_size,
+            config.hidden_size,
+            partition,
+            tied_to=self.embedding if config.tie_word_embeddings else None,
+        )
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the step's tokens after the last norm."""  # [T], [T] -> [T, hidden]
+        hidden: torch.Tensor = self.embedding(input_ids)
+        residual: torch.Tensor | None = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, positions)
+        assert residual is not None, "a model has layers"
+        normed, _ = self.norm.add(hidden, residual)
+        return normed
+
+    def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
+        """Logits of some rows, complete on every rank; every rank must call it."""  # [R, hidden] -> [R, vocab]
+        return self.head(hidden_rows)  # type: ignore[no-any-return]
+
+    def targets(self) -> dict[str, WeightTarget]:
+        """Where each tensor of a checkpoint goes, by its exact name."""
+        targets = self.embedding.targets("model.embed_tokens") | self.norm.targets("model.norm")
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            targets |= layer.targets(f"model.layers.{index}")
+        return targets if self.config.tie_word_embeddings else targets | self.head.targets("lm_head")
