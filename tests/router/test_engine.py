@@ -1,0 +1,271 @@
+"""The engine's loop between fake shards and real readers: streams, stop strings, cancellation, failure, drain."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from text_generation_router import engine as engine_module
+from text_generation_router.block_manager import BlockManager
+from text_generation_router.engine import Engine
+from text_generation_router.errors import GenerationError, IncompleteGeneration, ShuttingDown, Unhealthy
+from text_generation_router.limits import Limits
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduler import Scheduler, SchedulerLimits
+from text_generation_router.shard_client import ShardFailure
+from text_generation_router.step import StepPlan, StepResult
+from text_generation_router.token_stream import FinishReason, Timings, TokenStream
+from text_generation_router.tokenizer import Tokenizer
+from text_generation_router.valid_request import ValidRequest
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+EOS = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Token ids are bytes; 256 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    characters = {byte: character for byte, character in enumerate(bytes_to_characters(alphabet))}
+    vocabulary = {character: byte for byte, character in characters.items()}
+    backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": EOS, "vocab_size": 257}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    tokenizer = Tokenizer(folder, 1)
+    yield tokenizer
+    tokenizer.close()
+
+
+def bytes_to_characters(alphabet: list[str]) -> list[str]:
+    """GPT-2's byte alphabet, in the order of bytes: printable bytes stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(character for character in alphabet if ord(character) >= 256)
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+class FakeShards:
+    """Continues each prompt with the text that `script` gives for it, byte by byte."""
+
+    def __init__(self, script: dict[bytes, bytes], fail_at_step: int = 0) -> None:
+        self.script = script
+        self.fail_at_step = fail_at_step
+        self.is_frozen = False
+        self.rows: dict[int, list[int]] = {}
+        self.num_prompt: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+        self.plans: list[StepPlan] = []
+
+    def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[ShardFailure], None]) -> None:
+        self.on_result, self.on_failure = on_result, on_failure
+
+    async def send(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        if self.is_frozen:
+            return
+        if plan.step == self.fail_at_step:
+            self.on_failure(ShardFailure("shard 0: gone"))
+            return
+        for sequence_id in plan.removed_sequence_ids:
+            del self.rows[sequence_id]
+        for new in plan.new_sequences:
+            self.rows[new.sequence_id] = list(new.token_ids)
+            self.num_prompt[new.sequence_id] = new.num_prompt_tokens
+            self.left[new.sequence_id] = len(new.token_ids) - new.num_computed_tokens
+        for sequence_id, count in zip(plan.prefill_sequence_ids, plan.prefill_num_tokens, strict=True):
+            self.left[sequence_id] -= count
+        ids = [sequence_id for sequence_id in self.rows if not self.left[sequence_id]] if not plan.is_empty else []
+        result = StepResult(plan.step, ids, [self.next_token(i) for i in ids], [-0.5] * len(ids))
+        asyncio.get_running_loop().call_later(0.001, self.on_result, result)
+
+    def next_token(self, sequence_id: int) -> int:
+        tokens, num_prompt = self.rows[sequence_id], self.num_prompt[sequence_id]
+        text = self.script[bytes(tokens[:num_prompt])]
+        index = len(tokens) - num_prompt
+        tokens.append(text[index] if index < len(text) else EOS)
+        return tokens[-1]
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeProgress:
+    def __init__(self) -> None:
+        self.rank: int | None = None
+
+    def overdue_rank(self) -> int | None:
+        return self.rank
+
+
+def run_with_engine(
+    tokenizer: Tokenizer, shards: FakeShards, body: Callable[[Engine, Metrics], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        blocks = BlockManager(64, 4)
+        scheduler = Scheduler(SchedulerLimits(16, 8), blocks, tokenizer.eos_token_ids)
+        metrics = Metrics()
+        metrics.set_limits(100, 100)
+        engine = Engine(scheduler, shards, FakeProgress(), tokenizer, metrics, Limits(200, 256, 257, 256, "cpu"))
+        engine.start()
+        try:
+            async with asyncio.timeout(20):
+                await body(engine, metrics)
+        finally:
+            await engine.stop()
+        if not shards.is_frozen and not shards.fail_at_step:
+            scheduler.check_idle()
+
+    asyncio.run(main())
+
+
+async def read_all(stream: TokenStream) -> tuple[str, list[int]]:
+    text, ids = "", []
+    while outputs := await stream.read():
+        text += "".join(output.text for output in outputs)
+        ids += [output.token_id for output in outputs]
+    return text, ids
+
+
+def request(prompt: bytes, max_new_tokens: int = 50, **fields: Any) -> ValidRequest:
+    return ValidRequest(list(prompt), max_new_tokens, **fields)
+
+
+def test_many_streams_get_their_own_text(tokenizer):
+    script = {f"prompt {i} ".encode() * (i + 1): f"answer {i} ✓ 日本".encode() for i in range(6)}
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = [engine.submit(request(prompt), Timings()) for prompt in script]
+        for (text, ids), stream, expected in zip(
+            await asyncio.gather(*map(read_all, streams)), streams, script.values(), strict=True
+        ):
+            assert text == expected.decode()
+            assert ids == [*expected, EOS]
+            assert stream.finish_reason is FinishReason.EOS_TOKEN
+            timings = stream.timings
+            assert 0 < timings.queued_ns <= timings.first_scheduled_ns < timings.first_token_ns < timings.finished_ns
+
+    run_with_engine(tokenizer, FakeShards(script), body)
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(True, "the quick brown STOP"), (False, "the quick brown ")])
+def test_a_stop_string_ends_the_text(tokenizer, keep, expected):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p", stop_strings=("STOP",), keep_stop_string=keep), Timings())
+        assert (await read_all(stream))[0] == expected
+        assert stream.finish_reason is FinishReason.STOP_SEQUENCE
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"the quick brown STOP fox"}), body)
+
+
+def test_held_back_text_comes_out_at_the_end(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p", stop_strings=("STOP",), keep_stop_string=False), Timings())
+        assert (await read_all(stream))[0] == "no end ST"
+        cut = engine.submit(request(b"p", 2, stop_strings=("STOP",), keep_stop_string=False), Timings())
+        assert (await read_all(cut))[0] == "no"
+        assert cut.finish_reason is FinishReason.LENGTH
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"no end ST"}), body)
+
+
+def test_a_character_cut_off_by_the_limit_is_flushed(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p", 2), Timings())
+        assert (await read_all(stream))[0] == "a\ufffd"
+
+    run_with_engine(tokenizer, FakeShards({b"p": "a✓".encode()}), body)
+
+
+def test_a_cancelled_request_is_removed_within_a_step(tokenizer):
+    shards = FakeShards({b"p": b"x" * 40, b"q": b"y" * 40})
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p"), Timings())
+        other = engine.submit(request(b"q"), Timings())
+        await stream.read()
+        num_plans = len(shards.plans)
+        engine.cancel(stream)
+        engine.cancel(stream)
+        assert (await read_all(other))[0] == "y" * 40
+        removed = [i for i, plan in enumerate(shards.plans) if stream.sequence_id in plan.removed_sequence_ids]
+        assert num_plans <= removed[0] <= num_plans + 1
+        assert "tgi_kv_blocks_used 0" in metrics.text()
+
+    run_with_engine(tokenizer, shards, body)
+
+
+def test_a_dead_shard_fails_every_stream_and_refuses_new_ones(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p"), Timings())
+        with pytest.raises(GenerationError):
+            await read_all(stream)
+        assert not engine.is_healthy()
+        with pytest.raises(Unhealthy):
+            engine.submit(request(b"p"), Timings())
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"x" * 40}, fail_at_step=5), body)
+
+
+def test_draining_lets_running_requests_end_and_refuses_new_ones(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p"), Timings())
+        await stream.read()
+        assert engine.is_healthy()
+        engine.start_drain()
+        assert not engine.is_healthy()
+        with pytest.raises(ShuttingDown):
+            engine.submit(request(b"p"), Timings())
+        assert await engine.drained(10)
+        assert (await read_all(stream))[0].endswith("x")
+        assert stream.finish_reason is FinishReason.EOS_TOKEN
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"x" * 20}), body)
+
+
+def test_what_is_left_after_the_drain_gets_a_typed_error(tokenizer):
+    shards = FakeShards({b"p": b"x" * 20})
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p"), Timings())
+        shards.is_frozen = True
+        engine.start_drain()
+        assert not await engine.drained(0.05)
+        with pytest.raises(IncompleteGeneration):
+            await read_all(stream)
+
+    run_with_engine(tokenizer, shards, body)
+
+
+def test_an_idle_engine_probes_the_shards_and_notices_silence(tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine_module, "PROBE_TIMEOUT_NS", 50_000_000)
+    shards = FakeShards({})
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        await asyncio.sleep(0.1)
+        assert len(shards.plans) >= 2
+        assert all(plan.is_empty for plan in shards.plans)
+        assert engine.is_healthy()
+        shards.is_frozen = True
+        deadline = time.monotonic() + 5
+        while engine.is_healthy():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    run_with_engine(tokenizer, shards, body)
+
+
+def test_a_step_past_its_deadline_is_unhealthy(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        assert engine.is_healthy()
+        engine._progress.rank = 0
+        assert not engine.is_healthy()
+
+    run_with_engine(tokenizer, FakeShards({}), body)
