@@ -54,7 +54,7 @@ class Tokenizer:
         uses_processor = add_special_tokens and self._adds_bos is None
         try:
             # A batch of one lets other threads run meanwhile; `encode` does not.
-            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=uses_processor)
+            [encoding] = self._backend.encode_batch([text], add_special_tokens=uses_processor)
         except UnicodeEncodeError as error:
             raise ValidationError(f"text holds a lone surrogate at character {error.start}") from error
         ids: list[int] = encoding.ids
