@@ -23,6 +23,7 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.parent_watch import watch_parent
 from text_generation_router.shard_client import ShardFailure
 from text_generation_router.tokenizer import Tokenizer
+from text_generation_router.tokenizer_files import BrokenTokenizer
 
 logger = logging.getLogger("text_generation_router")
 
@@ -50,15 +51,17 @@ class StopSignal:
 async def serve(config: RouterConfig) -> None:
     """Build everything, serve, and return after an orderly end."""
     stop = StopSignal()
-    with contextlib.ExitStack() as sockets:
-        listener = sockets.enter_context(contextlib.closing(bind(config.hostname, config.port)))
-        metrics_listener = sockets.enter_context(contextlib.closing(bind(config.hostname, config.prometheus_port)))
+    with contextlib.ExitStack() as resources:
+        listener = resources.enter_context(contextlib.closing(bind(config.hostname, config.port)))
+        metrics_listener = resources.enter_context(contextlib.closing(bind(config.hostname, config.prometheus_port)))
         tokenizer = Tokenizer(config.tokenizer_folder, config.validation_workers)
+        chat_template = ChatTemplate(config.tokenizer_folder)
+        resources.callback(tokenizer.close)
+        resources.callback(chat_template.close)
         metrics = Metrics()
         engine = await _start_unless_stopped(config, tokenizer, metrics, stop)
         if engine is None:
             return
-        chat_template = ChatTemplate(config.tokenizer_folder)
         server = Server(Context(config, engine, tokenizer, chat_template, metrics), listener, metrics_listener)
         await server.start()
         # What stands now stays; collections need not look at it again.
@@ -102,7 +105,7 @@ def main() -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(config))
-    except (OSError, ShardFailure, InvalidLimits, ValueError) as error:
+    except (OSError, BrokenTokenizer, ShardFailure, InvalidLimits) as error:
         logger.error("%s", error)
         sys.exit(1)
 

@@ -87,8 +87,9 @@ class FakeEngine:
                 stream.finish(FinishReason.LENGTH if is_cut else FinishReason.EOS_TOKEN)
         if self.error is not None:
             stream.fail(self.error)
-        if not self.is_hanging:
-            del self._running[stream.sequence_id]
+        if self.is_hanging:
+            await asyncio.Event().wait()
+        self._running.pop(stream.sequence_id, None)
 
     def cancel(self, stream: TokenStream) -> None:
         _, task = self._running.pop(stream.sequence_id, (None, None))
@@ -103,9 +104,8 @@ class FakeEngine:
         self.is_draining = True
 
     async def drained(self, timeout_s: float) -> bool:
-        deadline_s = time.monotonic() + timeout_s
-        while self._running and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.005)
+        if self._running:
+            await asyncio.wait([task for _, task in self._running.values()], timeout=timeout_s)
         for stream, task in self._running.values():
             task.cancel()
             stream.fail(IncompleteGeneration(": the server is shutting down"))

@@ -101,9 +101,11 @@ def test_compatible_route(serving):
                 assert await response.json() == [{"generated_text": "abcHi you"}]
             async with served.client.post("/", json={"inputs": "abc", "stream": True}) as response:
                 assert (await events_of(response))[-1]["generated_text"] == "abcHi you"
-        async with serving(model_pipeline_tag="conversational") as served:
-            async with served.client.post("/", json={"inputs": "abc", "stream": None}) as response:
-                assert await response.json() == [{"generated_text": "Hi you"}]
+        async with (
+            serving(model_pipeline_tag="conversational") as served,
+            served.client.post("/", json={"inputs": "abc", "stream": None}) as response,
+        ):
+            assert await response.json() == [{"generated_text": "Hi you"}]
 
     asyncio.run(run())
 
@@ -257,10 +259,12 @@ def test_a_body_without_length_is_limited_too(serving):
             yield b" " * 1000
 
     async def run():
-        async with serving(payload_limit=2500) as served:
-            async with served.client.post("/generate", data=chunks()) as response:
-                assert response.status == 413
-                assert (await response.json())["error_type"] == "validation"
+        async with (
+            serving(payload_limit=2500) as served,
+            served.client.post("/generate", data=chunks()) as response,
+        ):
+            assert response.status == 413
+            assert (await response.json())["error_type"] == "validation"
 
     asyncio.run(run())
 

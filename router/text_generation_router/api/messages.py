@@ -1,4 +1,4 @@
-"""The messages of a chat request: types checked, content parts joined, ready for the template."""
+"""The messages of a chat request: types checked and content parts joined; chat_messages.py does the rest."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _read_message(item: Fields) -> dict[str, Any]:
         raise item.error("content", "is missing")
     if content is not None:
         message["content"] = content
-    elif tool_calls:
+    if tool_calls:
         message["tool_calls"] = [_read_tool_call(item.child("tool_calls", call)) for call in tool_calls]
     for name in _TEXT_FIELDS:
         if (text := item.string(name)) is not None:

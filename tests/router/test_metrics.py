@@ -1,0 +1,198 @@
+"""The exposition, read by prometheus_client's parser, against the contract's table of names, labels and buckets."""
+
+import bisect
+import math
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from text_generation_router.errors import GenerationError, Overloaded, TemplateError, ValidationError
+from text_generation_router.exposition import Histogram
+from text_generation_router.metrics import Metrics
+from text_generation_router.token_stream import Timings
+
+MAX_INPUT, MAX_TOTAL = 640, 1000
+DURATIONS = [0.00015 * 1.5**i for i in range(35)]
+METHODS = {("method", "prefill"), ("method", "decode")}
+FAILURES = {("err", e) for e in ("overloaded", "validation", "template", "generation", "incomplete", "dropped")}
+# name: (type, labelled series, bounds)
+CONTRACT = {
+    "tgi_request_count": ("counter", None, None),
+    "tgi_request_success": ("counter", None, None),
+    "tgi_request_failure": ("counter", FAILURES, None),
+    "tgi_request_duration": ("histogram", None, DURATIONS),
+    "tgi_request_validation_duration": ("histogram", None, DURATIONS),
+    "tgi_request_queue_duration": ("histogram", None, DURATIONS),
+    "tgi_request_inference_duration": ("histogram", None, DURATIONS),
+    "tgi_request_mean_time_per_token_duration": ("histogram", None, DURATIONS),
+    "tgi_request_generated_tokens": ("histogram", None, [MAX_TOTAL * k / 100 for k in range(1, 101)]),
+    "tgi_request_input_length": ("histogram", None, [MAX_INPUT * k / 100 for k in range(1, 101)]),
+    "tgi_request_max_new_tokens": ("histogram", None, [MAX_TOTAL * k / 100 for k in range(1, 101)]),
+    "tgi_request_skipped_tokens": ("histogram", None, [0.0]),
+    "tgi_queue_size": ("gauge", None, None),
+    "tgi_batch_current_size": ("gauge", None, None),
+    "tgi_batch_current_max_tokens": ("gauge", None, None),
+    "tgi_batch_max_total_tokens": ("gauge", None, None),
+    "tgi_batch_next_size": ("histogram", None, [float(k) for k in range(1, 1025)]),
+    "tgi_batch_inference_count": ("counter", METHODS, None),
+    "tgi_batch_inference_success": ("counter", METHODS, None),
+    "tgi_batch_inference_failure": ("counter", METHODS, None),
+    "tgi_batch_inference_duration": ("histogram", METHODS, DURATIONS),
+    "tgi_batch_forward_duration": ("histogram", METHODS, DURATIONS),
+    "tgi_batch_decode_duration": ("histogram", METHODS, DURATIONS),
+    "tgi_batch_filter_duration": ("histogram", METHODS, DURATIONS),
+    "tgi_batch_concat": (
+        "counter",
+        {("reason", reason) for reason in ("backpressure", "chunking", "wait_exceeded")},
+        None,
+    ),
+    "tgi_batch_concat_duration": ("histogram", {("method", "decode")}, DURATIONS),
+    "tgi_kv_blocks_used": ("gauge", None, None),
+    "tgi_kv_blocks_cached": ("gauge", None, None),
+    "tgi_kv_blocks_total": ("gauge", None, None),
+    "tgi_preemptions": ("counter", None, None),
+    "tgi_prefix_cache_query_tokens": ("counter", None, None),
+    "tgi_prefix_cache_hit_tokens": ("counter", None, None),
+    "tgi_request_time_to_first_token_duration": ("histogram", None, DURATIONS),
+    "tgi_request_inter_token_duration": ("histogram", None, DURATIONS),
+}
+
+
+def make_metrics():
+    metrics = Metrics()
+    metrics.set_limits(MAX_INPUT, MAX_TOTAL)
+    return metrics
+
+
+def parse(metrics):
+    return {family.name: family for family in text_string_to_metric_families(metrics.text())}
+
+
+def samples(metrics):
+    """(sample name, labels) to value."""
+    families = parse(metrics).values()
+    return {(bare_name(family, s), frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def bare_name(family, sample):
+    """The name as exposed: the parser gives every counter's samples the suffix that OpenMetrics wants."""
+    return sample.name.removesuffix("_total") if family.type == "counter" else sample.name
+
+
+def value(metrics, name, **labels):
+    return samples(metrics)[name, frozenset(labels.items())]
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_every_name_is_there_from_the_start(name):
+    kind, series, bounds = CONTRACT[name]
+    family = parse(make_metrics())[name]
+    assert family.type == kind
+    assert all(sample.value == 0 for sample in family.samples)
+    labels = {item for sample in family.samples for item in sample.labels.items() if item[0] != "le"}
+    assert labels == (series or set())
+    names = {bare_name(family, sample) for sample in family.samples}
+    if bounds is None:
+        assert names == {name}
+        return
+    assert names == {f"{name}_bucket", f"{name}_sum", f"{name}_count"}
+    num_series = len(series) if series else 1
+    found = [float(s.labels["le"]) for s in family.samples if s.name.endswith("_bucket")]
+    assert len(found) == num_series * (len(bounds) + 1)
+    assert sorted(set(found)) == pytest.approx([*bounds, math.inf])
+
+
+def test_no_suffixes_that_dashboards_do_not_ask_for():
+    text = make_metrics().text()
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+    assert not [name for name in names if name.endswith(("_total", "_created")) and name != "tgi_kv_blocks_total"]
+    assert "# TYPE tgi_request_count counter" in text.splitlines()
+
+
+def test_accepted_is_success_and_failed_and_left_and_running():
+    metrics = make_metrics()
+    metrics.request_arrived(9)
+    timings = Timings(10**9, 2 * 10**9, 4 * 10**9, 5 * 10**9, 8 * 10**9)
+    metrics.request_succeeded(timings, 3, 8)
+    for error in (ValidationError("x"), Overloaded(), GenerationError("x"), KeyError("x"), TemplateError("x")):
+        metrics.request_failed(error)
+    metrics.client_left()
+    failures = {err: value(metrics, "tgi_request_failure", err=err) for _, err in FAILURES}
+    assert failures == {
+        "overloaded": 1,
+        "validation": 1,
+        "template": 1,
+        "generation": 2,
+        "incomplete": 0,
+        "dropped": 1,
+    }
+    running = value(metrics, "tgi_request_running")
+    assert running == 2
+    assert value(metrics, "tgi_request_count") == 1 + sum(failures.values()) + running
+    for name, seconds in (
+        ("duration", 7),
+        ("validation_duration", 1),
+        ("queue_duration", 2),
+        ("inference_duration", 4),
+        ("mean_time_per_token_duration", 0.5),
+        ("generated_tokens", 8),
+    ):
+        assert value(metrics, f"tgi_request_{name}_sum") == seconds
+        assert value(metrics, f"tgi_request_{name}_count") == 1
+
+
+def test_buckets_count_what_is_at_most_their_bound():
+    bounds = [0.5, 1.0, 2.5]
+    observed = [0.0, 0.5, 0.50001, 1.0, 2.0, 2.5, 3.0, 99.0]
+    histogram = Histogram(bounds)
+    for number in observed:
+        histogram.observe(number)
+    lines = dict(line.rsplit(" ", 1) for line in histogram.lines("h", 'm="x"'))
+    for bound, text in ((0.5, "0.5"), (1.0, "1"), (2.5, "2.5")):
+        assert int(lines[f'h_bucket{{m="x",le="{text}"}}']) == bisect.bisect_right(sorted(observed), bound)
+    assert lines['h_bucket{m="x",le="+Inf"}'] == lines['h_count{m="x"}'] == str(len(observed))
+    assert float(lines['h_sum{m="x"}']) == pytest.approx(sum(observed))
+
+
+def test_what_the_engine_reports():
+    metrics = make_metrics()
+    metrics.on_scrape(lambda: metrics.set_queue_size(7))
+    metrics.step_started("decode")
+    metrics.step_ended("decode", inference_s=0.25, forward_s=0.125, decode_s=0.5, filter_s=0.0625)
+    metrics.step_started("prefill")
+    metrics.step_failed("prefill")
+    metrics.batch_admitted(3)
+    metrics.batch_joined("chunking", 0.5)
+    metrics.set_batch(4, 400)
+    metrics.set_capacity(4096)
+    metrics.set_blocks(used=5, cached=6, total=256)
+    metrics.preempted(2)
+    metrics.prefix_query(100, 64)
+    metrics.first_token_read(0.5)
+    metrics.next_tokens_read(0.5, 4)
+    for name, labels, expected in (
+        ("tgi_batch_inference_count", {"method": "decode"}, 1),
+        ("tgi_batch_inference_success", {"method": "decode"}, 1),
+        ("tgi_batch_inference_failure", {"method": "prefill"}, 1),
+        ("tgi_batch_inference_duration_sum", {"method": "decode"}, 0.25),
+        ("tgi_batch_forward_duration_sum", {"method": "decode"}, 0.125),
+        ("tgi_batch_decode_duration_sum", {"method": "decode"}, 0.5),
+        ("tgi_batch_filter_duration_sum", {"method": "decode"}, 0.0625),
+        ("tgi_batch_inference_duration_count", {"method": "prefill"}, 0),
+        ("tgi_batch_next_size_sum", {}, 3),
+        ("tgi_batch_concat", {"reason": "chunking"}, 1),
+        ("tgi_batch_concat_duration_sum", {"method": "decode"}, 0.5),
+        ("tgi_queue_size", {}, 7),
+        ("tgi_batch_current_size", {}, 4),
+        ("tgi_batch_current_max_tokens", {}, 400),
+        ("tgi_batch_max_total_tokens", {}, 4096),
+        ("tgi_kv_blocks_used", {}, 5),
+        ("tgi_kv_blocks_cached", {}, 6),
+        ("tgi_kv_blocks_total", {}, 256),
+        ("tgi_preemptions", {}, 2),
+        ("tgi_prefix_cache_query_tokens", {}, 100),
+        ("tgi_prefix_cache_hit_tokens", {}, 64),
+        ("tgi_request_time_to_first_token_duration_sum", {}, 0.5),
+        ("tgi_request_inter_token_duration_sum", {}, 0.5),
+        ("tgi_request_inter_token_duration_count", {}, 4),
+    ):
+        assert value(metrics, name, **labels) == expected, name
