@@ -1,0 +1,105 @@
+"""Clients that leave in the middle of their stream, and more clients than the server takes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+NUM_STREAMS = 200
+NUM_TOKENS = 100
+
+
+async def read_stream(session: aiohttp.ClientSession, server: Server, number: int, leave_after: int | None) -> int:
+    """Read a stream's events to the end, or leave after some; returns how many were read."""
+    parameters = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    body = {"inputs": f"Stream number {number}", "parameters": parameters}
+    num_events = 0
+    async with session.post(f"{server.url}/generate_stream", json=body) as response:
+        assert response.status == 200
+        async for line in response.content:
+            if num_events == leave_after:
+                break
+            num_events += line.startswith(b"data: ")
+    return num_events
+
+
+async def run_streams(server: Server, leave_after: list[int | None]) -> list[int]:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        streams = [read_stream(session, server, number, after) for number, after in enumerate(leave_after)]
+        return await asyncio.gather(*streams)
+
+
+def counters(server: Server) -> dict[str, float]:
+    names = ("tgi_request_count", "tgi_request_success")
+    labels = ("overloaded", "validation", "template", "generation", "incomplete", "dropped")
+    counts = {name: server.metric(name) for name in names}
+    return counts | {label: server.metric("tgi_request_failure", err=label) for label in labels}
+
+
+def test_half_of_the_clients_leave(tiny: Server) -> None:
+    choices = random.Random(0)
+    leave_after = [choices.randrange(1, NUM_TOKENS // 2) if number % 2 else None for number in range(NUM_STREAMS)]
+    before = counters(tiny)
+    num_events = asyncio.run(run_streams(tiny, leave_after))
+    assert num_events == [NUM_TOKENS if after is None else after for after in leave_after]
+    tiny.wait_idle()
+    moved = {name: value - before[name] for name, value in counters(tiny).items()}
+    assert moved.pop("tgi_request_count") == NUM_STREAMS == sum(moved.values())
+    # A client's leaving may cross with the last tokens of its stream.
+    assert moved["tgi_request_success"] >= NUM_STREAMS / 2
+    assert moved["dropped"] > 0
+    assert moved["tgi_request_success"] + moved["dropped"] == NUM_STREAMS
+    assert tiny.generate("Hello", max_new_tokens=3)["generated_text"]
+
+
+def test_a_client_that_waits_for_a_whole_answer_leaves(tiny: Server) -> None:
+    """Nothing is written to this client before the end, so only its closed connection tells."""
+
+    async def leave_early() -> None:
+        body = {"inputs": "Hello", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
+        async with aiohttp.ClientSession() as session:
+            answer = asyncio.create_task(session.post(f"{tiny.url}/generate", json=body))
+            while not await _metric(session, tiny, "tgi_batch_current_size"):
+                assert not answer.done()
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+
+    steps = tiny.metric("tgi_batch_inference_count", method="decode")
+    asyncio.run(leave_early())
+    tiny.wait_idle(10.0)
+    assert tiny.metric("tgi_batch_inference_count", method="decode") - steps < 7000
+
+
+async def _metric(session: aiohttp.ClientSession, server: Server, name: str) -> float:
+    async with session.get(f"{server.url}/metrics") as response:
+        (line,) = (line for line in (await response.text()).splitlines() if line.startswith(f"{name} "))
+    return float(line.split()[1])
+
+
+def test_too_many_clients(serve: Any, tiny_model: Any) -> None:
+    flags = ["--model-id", str(tiny_model), "--max-concurrent-requests", "2", "--max-batch-size", "1"]
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 4000, "ignore_eos": True}}
+    short = {"inputs": "Hello", "parameters": {"max_new_tokens": 1}}
+    with serve(*flags) as server:
+        with server.stream("/generate_stream", body) as first, server.stream("/generate_stream", body):
+            assert next(first).startswith("data: ")
+            for path, rendered in (
+                ("/generate", short),
+                ("/generate_stream", short),
+                ("/v1/completions", {"prompt": "a"}),
+            ):
+                reply = server.post(path, rendered)
+                assert reply.status == 429, path
+                assert reply.json()["error_type"] == "overloaded"
+                assert int(reply.headers["retry-after"]) >= 1
+            assert server.get("/health").status == 200
+        server.wait_idle()
+        assert server.post("/generate", short).status == 200
+        assert server.metric("tgi_request_failure", err="overloaded") == 3

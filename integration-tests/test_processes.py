@@ -1,0 +1,121 @@
+"""Processes that are killed or told to stop while a stream runs: what ends, with what code, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+NUM_TOKENS = 1500
+BODY = {"inputs": "Hello", "parameters": {"max_new_tokens": NUM_TOKENS, "ignore_eos": True, "details": True}}
+SHARD, ROUTER = "text_generation_shard", "text_generation_router"
+# A launcher that is killed takes its children along within 2 s; the rest is for a busy machine.
+GONE_WITHIN_S = 5.0
+
+
+@pytest.fixture
+def server(launch: Any, tiny_model: Path) -> Iterator[Server]:
+    """A server of three shards that the test itself ends."""
+    with launch("--model-id", str(tiny_model), "--num-shard", "3", "--json-output") as server:
+        server.wait_ready()
+        yield server
+
+
+@pytest.mark.parametrize(("package", "name"), [(SHARD, "shard-"), (ROUTER, "router")])
+def test_a_killed_child_ends_everything(server: Server, package: str, name: str) -> None:
+    with server.stream("/generate_stream", BODY) as lines:
+        next(lines)
+        child = server.children(package)[-1]
+        child.kill()
+        assert server.wait_end() == 1
+        rest = _read_to_end(lines)
+    server.assert_nothing_left()
+    if package == SHARD and rest:
+        assert '"error_type":"generation"' in rest[-1] or '"error_type":"incomplete_generation_stream"' in rest[-1]
+    last_line = server.log().splitlines()[-1]
+    assert '"level": "ERROR"' in last_line
+    assert name in last_line
+    assert "SIGKILL" in last_line
+
+
+def test_sigterm_lets_the_running_stream_finish(server: Server) -> None:
+    with server.stream("/generate_stream", BODY) as lines:
+        next(lines)
+        server.signal(signal.SIGTERM)
+        server.wait_for(lambda: server.get("/health").status == 503, "refusal of new requests")
+        refused = server.post("/generate", BODY)
+        assert refused.status == 503
+        assert "retry-after" in refused.headers
+        events = [line for line in lines if line.startswith("data: ")]
+    assert len(events) == NUM_TOKENS - 1
+    assert '"finish_reason":"length"' in events[-1]
+    assert server.wait_end() == 0
+    server.assert_nothing_left()
+
+
+def test_a_second_sigterm_ends_it_at_once(server: Server) -> None:
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
+    with server.stream("/generate_stream", body) as lines:
+        next(lines)
+        server.signal(signal.SIGTERM)
+        server.wait_for(lambda: server.get("/health").status == 503, "refusal of new requests")
+        server.signal(signal.SIGTERM)
+        server.wait_end(GONE_WITHIN_S)
+        assert not any('"finish_reason"' in line for line in _read_to_end(lines))
+    server.assert_nothing_left()
+
+
+def test_the_grace_ends(launch: Any, tiny_model: Path) -> None:
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
+    with launch("--model-id", str(tiny_model), "--graceful-termination-timeout", "1") as server:
+        server.wait_ready()
+        with server.stream("/generate_stream", body) as lines:
+            next(lines)
+            server.signal(signal.SIGTERM)
+            rest = [line for line in _read_to_end(lines) if line.startswith("data: ")]
+        assert '"error_type":"incomplete_generation_stream"' in rest[-1]
+        assert server.wait_end() == 0
+        server.assert_nothing_left()
+
+
+def test_a_killed_launcher_takes_its_children_along(server: Server) -> None:
+    with server.stream("/generate_stream", BODY) as lines:
+        next(lines)
+        server.signal(signal.SIGKILL)
+        assert server.wait_end() == -signal.SIGKILL
+        server.assert_nothing_left(timeout_s=GONE_WITHIN_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_starting(launch: Any, number: signal.Signals) -> None:
+    with launch() as server:
+        server.wait_for(lambda: "Starting 1 shards" in server.log(), "the start of the shards")
+        time.sleep(0.5)  # in the middle of the imports, most likely
+        server.signal(number)
+        assert server.wait_end() == 0, server.log()
+        server.assert_nothing_left()
+
+
+def test_a_model_that_does_not_exist(launch: Any) -> None:
+    with launch("--model-id", "/no/such/folder") as server:
+        assert server.wait_end() == 1
+        assert "/no/such/folder" in server.log().splitlines()[-1]
+        server.assert_nothing_left()
+
+
+def _read_to_end(lines: Iterator[str]) -> list[str]:
+    """What still comes; the connection may be cut."""
+    rest: list[str] = []
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for line in lines:
+            rest.append(line)
+    return rest

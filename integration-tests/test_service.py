@@ -1,0 +1,80 @@
+"""Routes about the server itself: health, what it serves, metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping"])
+def test_health_is_an_empty_200(demo: Server, path: str) -> None:
+    reply = demo.get(path)
+    assert (reply.status, reply.body) == (200, b"")
+
+
+def test_info_tells_model_and_limits(demo: Server) -> None:
+    info = demo.get("/info").json()
+    expected = {
+        "model_id": NAME,
+        "max_concurrent_requests": 128,
+        "max_best_of": 2,
+        "max_stop_sequences": 4,
+        "max_total_tokens": 8192,  # the model's positions
+        "max_input_tokens": 8191,
+        "validation_workers": 2,
+        "max_client_batch_size": 4,
+        "router": "text-generation-router",
+    }
+    assert {name: info[name] for name in expected} == expected
+    assert info.keys() >= {"model_sha", "model_pipeline_tag", "version", "sha", "docker_label"}
+
+
+def test_models_lists_the_one_model(demo: Server) -> None:
+    model = {"id": NAME, "object": "model", "created": 0, "owned_by": NAME}
+    assert demo.get("/v1/models").json() == {"object": "list", "data": [model]}
+
+
+def test_metrics_are_read_by_prometheus_on_both_ports(demo: Server) -> None:
+    demo.generate("Hello", max_new_tokens=2)
+    for port in (demo.port, demo.metrics_port):
+        reply = demo.get("/metrics", port=port)
+        assert reply.status == 200
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(reply.body.decode())
+            for sample in family.samples
+        }
+        assert samples["tgi_request_count",] >= samples["tgi_request_success",] >= 1
+        assert samples["tgi_request_failure", "overloaded"] == 0
+        assert samples["tgi_batch_inference_count", "decode"] >= 1
+        assert samples["tgi_request_duration_bucket", "+Inf"] == samples["tgi_request_duration_count",]
+        assert samples["tgi_request_generated_tokens_sum",] >= 2
+        assert samples["tgi_batch_max_total_tokens",] == 16 * samples["tgi_kv_blocks_total",] >= 8192
+
+
+def test_each_request_moves_the_counters_once(demo: Server) -> None:
+    names = ("tgi_request_count", "tgi_request_success", "tgi_request_generated_tokens_count")
+    before = [demo.metric(name) for name in names]
+    sums = demo.metric("tgi_request_input_length_sum"), demo.metric("tgi_request_generated_tokens_sum")
+    reply = demo.post("/generate", {"inputs": "One two three", "parameters": {"max_new_tokens": 3, "ignore_eos": True}})
+    assert [demo.metric(name) for name in names] == [value + 1 for value in before]
+    num_prompt_tokens = int(reply.headers["x-prompt-tokens"])
+    assert demo.metric("tgi_request_input_length_sum") == sums[0] + num_prompt_tokens
+    assert demo.metric("tgi_request_generated_tokens_sum") == sums[1] + 3
+
+
+def test_the_log_has_the_lines_that_scripts_wait_for(demo: Server) -> None:
+    before = demo.log().count("Success")
+    demo.generate("A secret prompt", max_new_tokens=1)
+    log = demo.log()
+    assert "Connected" in log
+    assert log.count("Success") == before + 1
+    assert "A secret prompt" not in log
