@@ -166,7 +166,8 @@ def test_inputs(strict: Server, inputs: Any) -> None:
 
 
 def test_parameters_of_the_wrong_type(strict: Server) -> None:
-    for parameters in ([], "many", 5):
+    wrong: list[object] = [[], "many", 5]
+    for parameters in wrong:
         check_error(strict.post(GENERATE, {"inputs": "Hello", "parameters": parameters}), GENERATE, 422)
 
 

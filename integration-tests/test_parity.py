@@ -47,10 +47,19 @@ class Reference:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             options: dict[str, Any] = {"gguf_file": weights.name}
-            self.tokenizer = AutoTokenizer.from_pretrained(weights.parent, **options)
-            self._model = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(weights.parent, **options)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **options)
         self._torch = torch
         self._ties: dict[tuple[int, ...], int] = {}
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        """The text of token ids."""
+        text: str = self._tokenizer.decode(list(ids))
+        return text
 
     def num_ties(self, prompt: Prompt, tokens: tuple[int, ...]) -> int:
         """Check an answer; returns at how many positions its token is not the best but ties with it."""
@@ -82,7 +91,7 @@ def reference(demo_weights: Path) -> Reference:
 def make_prompts(reference: Reference) -> Any:
     """Cuts prompts of given lengths out of Python's documentation, each text of which becomes the very same ids."""
     corpus = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:400_000]
-    ids = tuple(reference.tokenizer(corpus, add_special_tokens=False)["input_ids"])
+    ids = reference.encode(corpus)
 
     def make(lengths: list[int]) -> list[Prompt]:
         prompts = []
@@ -91,9 +100,9 @@ def make_prompts(reference: Reference) -> Any:
             while True:
                 piece = ids[start : start + length]
                 assert len(piece) == length, "the corpus is used up"
-                text = reference.tokenizer.decode(piece)
+                text = reference.decode(piece)
                 start += length
-                if tuple(reference.tokenizer(text, add_special_tokens=False)["input_ids"]) == piece:
+                if reference.encode(text) == piece:
                     prompts.append(Prompt(text, piece))
                     break
         return prompts
@@ -161,7 +170,7 @@ def test_prefix_hits_on_generated_tokens(exact: Server, reference: Reference, ma
     """The next turn of a conversation finds the answer before it in the cache."""
     (first,) = make_prompts([90])
     answer = ask(exact, first)
-    prompt = _prompt(reference, reference.tokenizer.decode(first.ids + answer) + " And then")
+    prompt = _prompt(reference, reference.decode(first.ids + answer) + " And then")
     assert prompt.ids[: 90 + NUM_NEW_TOKENS] == first.ids + answer, "the text must become the same ids again"
     hits = exact.metric("tgi_prefix_cache_hit_tokens")
     check_at_once(exact, reference, [prompt])
@@ -177,4 +186,4 @@ def test_preemptions(serve: Any, reference: Reference, make_prompts: Any) -> Non
 
 
 def _prompt(reference: Reference, text: str) -> Prompt:
-    return Prompt(text, tuple(reference.tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return Prompt(text, reference.encode(text))
