@@ -55,8 +55,8 @@ class Tokenizer:
         try:
             # A batch of one lets other threads run meanwhile; `encode` does not.
             [encoding] = self._backend.encode_batch([text], add_special_tokens=uses_processor)
-        except UnicodeEncodeError as error:
-            raise ValidationError(f"text holds a lone surrogate at character {error.start}") from error
+        except TypeError as error:  # the library takes every string that is Unicode
+            raise ValidationError("text holds a lone surrogate, which is no character") from error
         ids: list[int] = encoding.ids
         bos = self.bos_token_id
         if not add_special_tokens or bos is None:

@@ -1,0 +1,269 @@
+"""Chat templates against transformers' apply_chat_template."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from text_generation_router import chat_template as chat_template_module
+from text_generation_router.chat_template import ChatTemplate
+from text_generation_router.errors import TemplateError, ValidationError
+from text_generation_router.tokenizer_files import BrokenTokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+LLAMA3 = """{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "\\n" + system_message + "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'
+            + message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + tool_call.name + '", ' }}
+        {{- '"parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}<|eot_id|>" }}
+    {%- else %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}
+            {{- message.content }}
+        {%- endif %}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set ns = namespace(index=0) %}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+        {{- raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif %}
+    {%- set ns.index = ns.index + 1 %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"]|trim + eos_token}}
+    {%- else %}
+        {{- raise_exception("Only user and assistant roles are supported!") }}
+    {%- endif %}
+{%- endfor %}
+"""
+QWEN = """{%- set ns = namespace(last_query=messages|length - 1, found=false) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if not ns.found and message.role == "user" %}
+        {%- set ns.last_query = index %}{%- set ns.found = true %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{% for message in messages %}
+{{- '<|im_start|>' + message.role + ('*' if loop.index0 == ns.last_query else '') + '\\n' -}}
+    {% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+    {% else %}{{ message.content + '<|im_end|>' }}
+    {% endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{#- a comment #}
+"""
+SIMPLE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+USER = {"role": "user", "content": "Wie geht's? <b>&amp; 日本"}
+CONVERSATIONS = [
+    [USER],
+    [{"role": "system", "content": " Be brief.\n"}, USER],
+    [USER, {"role": "assistant", "content": "Gut."}, {"role": "user", "content": "Und?"}],
+    [USER, {"role": "assistant", "content": "Gut."}, {"role": "user", "content": ""}],
+]
+CONTINUED = [
+    [USER, {"role": "assistant", "content": "The answer is"}],
+    [USER, {"role": "assistant", "content": "The answer is "}],
+    [USER, {"role": "assistant", "content": "Gut."}, USER, {"role": "assistant", "content": "Gut."}],
+    [USER, {"role": "assistant", "content": "  a\nb"}],
+]
+
+
+def folder_with(folder: Path, template: object, **config: object) -> Path:
+    values = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return folder
+
+
+def by_transformers(template: str, messages: list, **options: object) -> str:
+    backend = Tokenizer(models.BPE({"<s>": 0, "</s>": 1}, []))
+    reference = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return str(reference.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
+def test_well_known_templates(tmp_path, template, messages):
+    expected = by_transformers(template, messages, add_generation_prompt=True)
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+
+
+@pytest.mark.parametrize("messages", CONTINUED)
+@pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
+def test_a_last_message_from_the_assistant_is_continued(tmp_path, template, messages):
+    expected = by_transformers(template, messages, continue_final_message=True)
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+
+
+def test_the_demo_template(demo_folder):
+    source = json.loads((demo_folder / "tokenizer_config.json").read_text())["chat_template"]
+    template = ChatTemplate(demo_folder)
+    for messages in CONVERSATIONS:
+        rendered = template.render_now(messages)
+        assert rendered == by_transformers(source, messages, add_generation_prompt=True)
+        assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert template.render_now(CONTINUED[1]).endswith("<|im_start|>assistant\nThe answer is ")
+
+
+def test_rendering_leaves_the_event_loop_free(tmp_path):
+    async def render() -> str:
+        return await ChatTemplate(folder_with(tmp_path, SIMPLE)).render([USER])
+
+    assert asyncio.run(render()) == f"<user>{USER['content']}</><assistant>"
+
+
+TOOL_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"city": "Köln"}'}}
+
+
+def test_tool_calls_and_tool_messages_reach_a_template_that_takes_them(tmp_path):
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
+        {"role": "tool", "content": "12 °C", "tool_call_id": "a", "name": "f"},
+    ]
+    as_objects = [
+        USER,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Köln"}}}]},
+        messages[2],
+    ]
+    expected = by_transformers(LLAMA3, as_objects, add_generation_prompt=True)
+    assert ChatTemplate(folder_with(tmp_path, LLAMA3)).render_now(messages) == expected
+    assert '{"name": "f", "parameters": {"city": "Köln"}}' in expected
+
+
+def test_tool_calls_become_content_for_a_template_that_does_not_take_them(tmp_path):
+    template = ChatTemplate(folder_with(tmp_path, SIMPLE))
+    called = {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}
+    expected = f"<assistant>{json.dumps([TOOL_CALL], ensure_ascii=False)}</><user>x</><assistant>"
+    assert template.render_now([called, {"role": "user", "content": "x"}]) == expected
+    spoken = called | {"content": "Hm"}
+    assert template.render_now([spoken, {"role": "user", "content": "x"}]).startswith("<assistant>Hm</>")
+
+
+def test_names_and_ids_reach_the_template_and_parts_are_joined(tmp_path):
+    source = "{% for m in messages %}{{ m.name }}|{{ m.tool_call_id }}|{{ m.content }}{% endfor %}"
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    message = {"role": "tool", "name": "N", "tool_call_id": "7", "content": parts}
+    assert ChatTemplate(folder_with(tmp_path, source)).render_now([message]) == "N|7|a b"
+    assert message["content"] is parts
+
+
+BAD_CONTENT = [
+    None,
+    7,
+    [7],
+    [{"text": "a"}],
+    [{"type": "text"}],
+    [{"type": "image_url", "image_url": {"url": "http://x"}}],
+]
+
+
+@pytest.mark.parametrize("content", BAD_CONTENT)
+def test_messages_without_text_are_refused(tmp_path, content):
+    with pytest.raises(ValidationError) as caught:
+        ChatTemplate(folder_with(tmp_path, SIMPLE)).render_now([{"role": "user", "content": content}])
+    assert caught.value.param == "messages"
+
+
+REFUSED = [
+    (None, "no chat template"),
+    ("{% for %}", "does not compile"),
+    (MISTRAL, "roles must alternate"),
+    ("{{ messages[0].content.no_such.thing }}", "no_such"),
+    ("{{ messages[0].content + 1 }}", "TypeError"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{% set _ = messages.append(1) %}", "append.*unsafe"),
+    ("{% for i in range(1000000) %}{% endfor %}", "range"),
+]
+
+
+@pytest.mark.parametrize(("source", "reason"), REFUSED)
+def test_templates_that_do_not_render(tmp_path, source, reason):
+    template = ChatTemplate(folder_with(tmp_path, source))
+    with pytest.raises(TemplateError, match=f"^Template error: .*{reason}") as caught:
+        template.render_now([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}, USER])
+    assert caught.value.status == 422
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in messages[0].content %}{{ '' }}"
+ENDLESS += "{% endfor %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_takes_too_long_is_ended(tmp_path):
+    for source in (ENDLESS, ENDLESS.replace("{{ '' }}", "")):
+        with pytest.raises(TemplateError, match="too long"):
+            ChatTemplate(folder_with(tmp_path, source), max_render_s=0.05).render_now([USER])
+
+
+def test_a_prompt_that_grows_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_template_module, "MAX_PROMPT_CHARACTERS", 1000)
+    template = ChatTemplate(folder_with(tmp_path, "{% for i in range(101) %}{{ '0123456789' }}{% endfor %}"))
+    with pytest.raises(TemplateError, match="1000 characters"):
+        template.render_now([USER])
+
+
+def test_a_template_that_drops_the_last_message_cannot_continue_it(tmp_path):
+    with pytest.raises(TemplateError, match="continued"):
+        ChatTemplate(folder_with(tmp_path, "{{ messages[0].content }}")).render_now(CONTINUED[0])
+
+
+def test_where_a_template_comes_from(tmp_path):
+    def source() -> str:
+        return ChatTemplate(tmp_path).render_now([USER])
+
+    (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "processor"}))
+    assert source() == "processor"
+    folder_with(tmp_path, [{"name": "rag", "template": "rag"}, {"name": "default", "template": "listed"}])
+    assert source() == "listed"
+    folder_with(tmp_path, "config")
+    assert source() == "config"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert source() == "json"
+    (tmp_path / "chat_template.jinja").write_text("jinja {{ bos_token }}{{ eos_token }}{{ pad_token }}")
+    assert source() == "jinja <s></s>"
+    (tmp_path / "chat_template.json").write_text("{")
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(BrokenTokenizer, match=r"chat_template\.json"):
+        ChatTemplate(tmp_path)

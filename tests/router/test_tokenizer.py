@@ -1,0 +1,152 @@
+"""The tokenizer against transformers', and what it reads from the files beside tokenizer.json."""
+
+import asyncio
+import json
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from text_generation_router.errors import ValidationError
+from text_generation_router.tokenizer import Tokenizer
+from text_generation_router.tokenizer_files import BrokenTokenizer
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+BOS, EOS, END_OF_TURN = "<s>", "</s>", "<|eot_id|>"
+TEXTS = ["", "Hello, world!", "<|im_start|>user\nHi<|im_end|>\n", "  123 4567\t\n", "naïve 😀 你好 <|im_end|><|im_e"]
+
+
+def save_tokenizer(folder: Path, has_processor: bool = True, **tokenizer_config: object) -> Path:
+    """A byte-level tokenizer without merges; ids 0 to 2 are special."""
+    names = [BOS, EOS, END_OF_TURN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = BackendTokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([BOS, EOS, END_OF_TURN])
+    if has_processor:
+        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    backend.save(str(folder / "tokenizer.json"))
+    write_json(folder, "tokenizer_config", {"bos_token": BOS} | tokenizer_config)
+    return folder
+
+
+def write_json(folder: Path, name: str, values: object) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(values))
+
+
+def test_ids_are_those_of_transformers(demo_folder):
+    tokenizer = Tokenizer(demo_folder, 2)
+    reference = AutoTokenizer.from_pretrained(demo_folder)
+    rng = random.Random(0)
+    for text in [*TEXTS, *("".join(rng.choices("ab \n1é你😀<|>.'", k=30)) for _ in range(100))]:
+        assert tokenizer.encode_now(text) == reference(text)["input_ids"]
+        expected = reference(text, add_special_tokens=False)["input_ids"]
+        assert asyncio.run(tokenizer.encode(text, add_special_tokens=False)) == expected
+    assert tokenizer.bos_token_id == reference.bos_token_id
+    assert tokenizer.eos_token_ids == {reference.eos_token_id}
+    assert len(tokenizer.vocabulary) == len(reference)
+
+
+# Whether tokenizer.json adds BOS, what tokenizer_config.json says, and whether raw text then begins with it.
+BOS_RULES = [
+    (True, None, True),
+    (True, True, True),
+    (True, False, False),
+    (False, None, False),
+    (False, True, True),
+    (False, False, False),
+]
+
+
+@pytest.mark.parametrize(("has_processor", "add_bos_token", "is_added"), BOS_RULES)
+def test_bos_comes_once_where_the_model_wants_it(tmp_path, has_processor, add_bos_token, is_added):
+    config = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, has_processor, **config), 1)
+    plain = tokenizer.encode_now("Hello there", add_special_tokens=False)
+    assert len(plain) == len("Hello there")  # neither cut nor padded
+    assert tokenizer.encode_now("Hello there") == [0] * is_added + plain
+    assert tokenizer.encode_now(f"{BOS}Hello there") == [0, *plain]
+    assert tokenizer.encode_now(f"{BOS}Hello there", add_special_tokens=False) == [0, *plain]
+    assert tokenizer.encode_now("") == [0] * is_added
+
+
+def test_ids_that_end_a_text_come_from_every_file(tmp_path):
+    save_tokenizer(tmp_path)
+    assert Tokenizer(tmp_path, 1).eos_token_ids == frozenset()
+    write_json(tmp_path, "config", {"eos_token_id": 50, "vocab_size": 300})
+    write_json(tmp_path, "generation_config", {"eos_token_id": [51, 52]})
+    assert Tokenizer(tmp_path, 1).eos_token_ids == {50, 51, 52}
+    write_json(tmp_path, "tokenizer_config", {"eos_token": {"content": EOS, "lstrip": False}})
+    assert Tokenizer(tmp_path, 1).eos_token_ids == {1, 50, 51, 52}
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|eot_id|><|im_end|>")
+    tokenizer = Tokenizer(tmp_path, 1)
+    assert tokenizer.eos_token_ids == {1, 2, 50, 51, 52}
+    assert len(tokenizer.vocabulary) == 300
+    assert tokenizer.bos_token_id is None
+
+
+def test_texts_and_bytes_of_tokens(tmp_path):
+    tokenizer = Tokenizer(save_tokenizer(tmp_path), 1)
+    [first, second] = tokenizer.encode_now("é", add_special_tokens=False)
+    assert tokenizer.token_bytes(first) + tokenizer.token_bytes(second) == "é".encode()
+    assert tokenizer.token_text(first) == "\ufffd"
+    assert (tokenizer.token_text(1), tokenizer.token_bytes(1)) == (EOS, EOS.encode())
+    assert tokenizer.is_special(1)
+    assert not tokenizer.is_special(first)
+
+
+def test_a_lone_surrogate_is_the_clients_mistake(tmp_path):
+    tokenizer = Tokenizer(save_tokenizer(tmp_path), 1)
+    with pytest.raises(ValidationError, match="surrogate"):
+        tokenizer.encode_now("a\ud800")
+
+
+class BlockedTokenizer(Tokenizer):
+    """Encodes nothing before it is let go on, and notes what it encodes."""
+
+    def __init__(self, folder: Path, num_threads: int) -> None:
+        super().__init__(folder, num_threads)
+        self.go_on, self.has_started = threading.Event(), threading.Event()
+        self.started: list[str] = []
+
+    def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.started.append(text)
+        self.has_started.set()
+        self.go_on.wait(30)
+        return super().encode_now(text, add_special_tokens)
+
+
+def test_a_cancelled_text_that_still_waits_is_never_encoded(tmp_path):
+    tokenizer = BlockedTokenizer(save_tokenizer(tmp_path, has_processor=False), 1)
+
+    async def run() -> list[int]:
+        first, second = (asyncio.create_task(tokenizer.encode(text)) for text in ("a", "b"))
+        third = asyncio.create_task(tokenizer.encode("c"))
+        await asyncio.to_thread(tokenizer.has_started.wait, 30)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        tokenizer.go_on.set()
+        await third
+        return await first
+
+    assert len(asyncio.run(run())) == 1
+    assert tokenizer.started == ["a", "c"]
+    tokenizer.close()
+
+
+def test_broken_files_are_named(tmp_path):
+    with pytest.raises(BrokenTokenizer, match=r"tokenizer\.json is missing"):
+        Tokenizer(tmp_path, 1)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BrokenTokenizer, match=r"tokenizer\.json is not usable"):
+        Tokenizer(tmp_path, 1)
+    save_tokenizer(tmp_path)
+    for content in ("[1]", "{"):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(BrokenTokenizer, match=r"generation_config\.json"):
+            Tokenizer(tmp_path, 1)
