@@ -38,6 +38,8 @@ class Tile:
     keys: int  # keys of one loop turn
     num_workers: int  # thread blocks per key/value head; each has its own list of items
     min_key_tiles: int = 1  # a unit is not cut finer than this while there are workers to spare
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 Section = tuple[int, tuple[int, ...]]  # offset in the buffer, shape

@@ -30,4 +30,5 @@ def uniform_numbers(seeds: npt.NDArray[np.int64], positions: npt.NDArray[np.int6
     counter = np.stack([position_words & _LOW, position_words >> _SHIFT, zeros, zeros])
     words = philox4x32(counter, np.stack([seed_words & _LOW, seed_words >> _SHIFT]))
     bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return numbers

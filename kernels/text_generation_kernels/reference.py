@@ -164,6 +164,35 @@ def _causal_mask(query_length: int, length: int, sliding_window: int | None, dev
     return mask  # [query_length, length]
 
 
+def soft_capped_paged_attention(
+    query: torch.Tensor,  # [T, H, D]
+    key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,  # [B, max_blocks] int32
+    query_starts: torch.Tensor,  # [B + 1] int32
+    sequence_lengths: torch.Tensor,  # [B] int32
+    scale: float,
+    soft_cap: float,  # scores are bent into (-soft_cap, soft_cap) by a hyperbolic tangent
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """`paged_attention` with capped scores, one sequence after another."""
+    num_kv_heads = key_cache.shape[1]
+    starts = query_starts.tolist()
+    output = torch.zeros_like(query)
+    for row, length in enumerate(sequence_lengths.tolist()):
+        start, end = starts[row], starts[row + 1]
+        if start == end:
+            continue
+        keys, values = (_gather(cache, block_tables[row : row + 1], length) for cache in (key_cache, value_cache))
+        grouped = query[start:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [KVH, group, Q, D]
+        scores = (grouped.float() @ keys.float().transpose(2, 3)) * scale
+        mask = _causal_mask(end - start, length, sliding_window, query.device)
+        capped = (soft_cap * (scores / soft_cap).tanh()).masked_fill(~mask, -torch.inf)
+        result = capped.softmax(dim=-1) @ values.float()
+        output[start:end] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
+    return output
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu of the first half of the last dimension, times the second half."""  # [T, 2 * I] -> [T, I]
     gate, up = x.chunk(2, dim=-1)

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 
@@ -34,15 +35,15 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
     )
 
 
-def _rendezvous_store(rank: int, world_size: int, address: str, port: int) -> dist.Store:
+def _rendezvous_store(rank: int, world_size: int, address: str, port: int) -> TCPStore:
     """The group's key-value store. Rank 0 binds it to the one address; left alone it would listen on all."""
     if rank != 0:
-        return dist.TCPStore(address, port, world_size, is_master=False, timeout=JOIN_TIMEOUT)
+        return TCPStore(address, port, world_size, is_master=False, timeout=JOIN_TIMEOUT)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
         listener.listen()
-        return dist.TCPStore(
+        return TCPStore(
             address,
             port,
             world_size,
@@ -59,7 +60,12 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def group_size() -> int:
+def rank() -> int:
+    """This process's place in the group; 0 answers the router."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
     """Number of ranks in the group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -71,11 +77,14 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_min(tensor: torch.Tensor) -> torch.Tensor:
-    """Smallest value over the ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-    return tensor
+def all_reduce_min(value: int) -> int:
+    """The smallest of the ranks' values; waits for the device, so not for use within a step."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return int(tensor)
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:

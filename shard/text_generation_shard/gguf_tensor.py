@@ -35,8 +35,8 @@ class GgufSource:
 def _restore_halves(values: torch.Tensor, head_dim: int) -> torch.Tensor:
     """llama.cpp stores dimension i of the first rotary half beside dimension i of the second."""
     assert values.shape[0] % head_dim == 0, "heads are read whole"
-    pairs = values.unflatten(0, (-1, head_dim // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+    return pairs.transpose(1, 2).reshape(values.shape)
 
 
 def dequantise(tensor: GgufTensor, rows: slice) -> torch.Tensor:

@@ -33,7 +33,7 @@ def load_model(
     world_size: int = 1,
 ) -> nn.Module:
     """Build the model and fill this rank's part of it; the group must have been joined before."""
-    assert distributed.group_size() == world_size, "join_group comes first"
+    assert distributed.world_size() == world_size, "join_group comes first"
     config.check_divisible(world_size)
     model = model_class(config.model_type)(config, Partition(rank, world_size, dtype, device))
     targets: dict[str, WeightTarget] = model.targets()  # type: ignore[operator]
@@ -99,7 +99,7 @@ class _SafetensorsSource:
     """A tensor of a safetensors file; see `CheckpointTensor`."""
 
     def __init__(self, file: safe_open, name: str) -> None:
-        self._slice = file.get_slice(name)
+        self._slice = file.get_slice(name)  # type: ignore[no-untyped-call]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -24,7 +24,8 @@ class VocabParallelEmbedding(nn.Module):
         self.hidden_size = hidden_size
         self.share = -(-vocab_size // partition.world_size)
         self.first_id = partition.rank * self.share
-        self.weight = partition.parameter(self.share, hidden_size) if tied_to is None else tied_to.weight
+        own = partition.parameter(self.share, hidden_size) if tied_to is None else tied_to.weight
+        self.weight: nn.Parameter = own
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of the tokens, on every rank."""  # [T] -> [T, hidden]

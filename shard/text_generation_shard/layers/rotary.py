@@ -36,7 +36,7 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, f
 
     `dynamic` changes frequencies only beyond max_position_embeddings, which is where our table ends.
     """
-    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    powers: torch.Tensor = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     match rope.rope_type:
         case "default" | "dynamic":
             return 1.0 / powers, 1.0
@@ -57,7 +57,8 @@ def _llama3(frequencies: torch.Tensor, parameters: Mapping[str, Any]) -> torch.T
     # How often each wave repeats within the original context.
     repeats = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     blend = ((repeats - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * frequencies / factor + blend * frequencies
+    blended: torch.Tensor = (1 - blend) * frequencies / factor + blend * frequencies
+    return blended
 
 
 def _yarn(powers: torch.Tensor, theta: float, head_dim: int, parameters: Mapping[str, Any]) -> torch.Tensor:
@@ -73,7 +74,8 @@ def _yarn(powers: torch.Tensor, theta: float, head_dim: int, parameters: Mapping
     first, last = max(first, 0), min(last, head_dim - 1)
     width = last - first if last != first else 0.001
     stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
-    return stretched / (parameters["factor"] * powers) + (1 - stretched) / powers
+    frequencies: torch.Tensor = stretched / (parameters["factor"] * powers) + (1 - stretched) / powers
+    return frequencies
 
 
 def _yarn_scale(parameters: Mapping[str, Any]) -> float:
