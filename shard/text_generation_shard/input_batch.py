@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from text_generation_proto.columns import Float32Array, Int32Array
+from text_generation_proto.columns import Int32Array
 
 from text_generation_shard.step import NewSequence, PlanError, StepPlan
 
@@ -48,6 +48,7 @@ class StepInputs:
     max_sequence_length: int
     sampling_rows: Int64Array  # [num_samples] batch rows that reach their last known token
     sampling_indices: Int64Array  # [num_samples] the flat index of that token
+    sampling_positions: Int64Array  # [num_samples] where in its sequence the sampled token will stand
 
     @property
     def num_tokens(self) -> int:
@@ -146,6 +147,7 @@ class InputBatch:
             max_sequence_length=max_length,
             sampling_rows=rows[is_sampling],
             sampling_indices=query_starts[1:][is_sampling].astype(np.int64) - 1,
+            sampling_positions=sequence_lengths[is_sampling].astype(np.int64),
         )
 
     def advance(self, inputs: StepInputs, token_ids: Int64Array, is_valid: BoolArray) -> Int32Array:
@@ -305,8 +307,3 @@ class InputBatch:
         if row is None:
             raise PlanError(f"sequence {sequence_id} is not in the batch")
         return row
-
-
-def sampling_columns(batch: InputBatch, rows: Int64Array) -> tuple[Float32Array, Int64Array, Float32Array, Int64Array]:
-    """Temperature, top-k, top-p and seed of some rows; seeds are the same 64 bits as signed integers."""
-    return batch.temperatures[rows], batch.top_k[rows], batch.top_p[rows], batch.seeds[rows].view(np.int64)

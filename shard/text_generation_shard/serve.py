@@ -1,0 +1,93 @@
+"""One rank's life: join the group, load the weights, listen, run steps until told to stop."""
+
+import logging
+import platform
+import signal
+from pathlib import Path
+
+import torch
+
+from text_generation_shard import distributed
+from text_generation_shard.config import ShardConfig
+from text_generation_shard.kv_cache import KvLayout
+from text_generation_shard.logs import Timeline
+from text_generation_shard.model_config import ModelConfig, load_model_config
+from text_generation_shard.model_runner import ModelInfo, ModelRunner
+from text_generation_shard.progress import ProgressFile
+from text_generation_shard.server import ShardServer, ShardService
+from text_generation_shard.step_loop import StepLoop
+from text_generation_shard.warm_up import KvBudget
+from text_generation_shard.weights import load_model
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(rank: int) -> torch.device:
+    """This rank's GPU, or the CPU on a machine without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(configured: str | None, checkpoint: str | None, device: torch.device) -> torch.dtype:
+    """The configured type, else the checkpoint's on a GPU; on a CPU bfloat16 only where it computes in it."""
+    if configured is None and device.type == "cuda":
+        configured = checkpoint if checkpoint in ("float16", "bfloat16", "float32") else "bfloat16"
+    elif configured is None:
+        configured = "bfloat16" if _computes_in_bfloat16() else "float32"
+    dtype = getattr(torch, configured)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _computes_in_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return platform.machine() == "x86_64" and "avx512_bf16" in flags
+
+
+def serve(config: ShardConfig, timeline: Timeline) -> None:
+    """Run the shard until SIGTERM or SIGINT; raises what ended it otherwise."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.rank)
+    model_config = load_model_config(config.model_folder)
+    model_config.check_divisible(config.world_size)
+    dtype = choose_dtype(config.dtype, model_config.dtype, device)
+    distributed.join_group(config.rank, config.world_size, config.master_addr, config.master_port, device)
+    timeline.phase_ends("group")
+    model = load_model(model_config, config.weight_files, dtype, device, config.rank, config.world_size)
+    timeline.phase_ends("weights")
+
+    progress = ProgressFile(config.run_folder, config.rank)
+    runner = ModelRunner(
+        model,
+        _model_info(model_config, device),
+        KvLayout(model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype),
+        KvBudget(config.cpu_kv_bytes),
+        device,
+        progress,
+    )
+    loop = StepLoop(runner, sends_results=config.rank == 0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
+    server = ShardServer(ShardService(loop), config.uds_path, config.rank)
+    server.start()
+    logger.info("%s in %s on %s", model_config.model_type, str(dtype).removeprefix("torch."), device)
+    timeline.phase_ends("socket")
+    timeline.total()
+    try:
+        loop.run()
+    finally:
+        server.stop()
+        distributed.leave_group()
+        progress.close()
+
+
+def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return ModelInfo(config.model_type, name, config.vocab_size, config.max_position_embeddings)
