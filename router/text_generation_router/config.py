@@ -26,9 +26,7 @@ class RouterConfig:
     max_best_of: int = flag(2, "Largest `best_of` a client may ask for.", positive=True)
     max_stop_sequences: int = flag(4, "Most stop strings in one request.")
     max_top_n_tokens: int = flag(5, "Largest `top_n_tokens` a client may ask for.")
-    max_input_tokens: int | None = flag(
-        None, "Longest prompt in tokens. Default: max-total-tokens - 1.", positive=True
-    )
+    max_input_tokens: int | None = flag(None, "Longest prompt in tokens. Default: max-total-tokens - 1.", positive=True)
     max_total_tokens: int | None = flag(
         None,
         "Longest sequence, prompt and generated tokens together. Default: what model and memory allow.",

@@ -220,7 +220,7 @@ class Metrics:
     def _add_memory_metrics(self) -> None:
         self._blocks_used = self._gauge("tgi_kv_blocks_used", "KV blocks owned by sequences")
         self._blocks_cached = self._gauge("tgi_kv_blocks_cached", "KV blocks kept by the prefix cache alone")
-        self._blocks_total = self._gauge("tgi_kv_blocks_total", "KV blocks")
+        self._blocks_total = self._gauge("tgi_kv_blocks_capacity", "KV blocks")
         self._preemptions = self._counter("tgi_preemptions", "Sequences whose blocks were taken back")
         self._prefix_query_tokens = self._counter(
             "tgi_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache"

@@ -46,9 +46,7 @@ class Scheduler:
     """Owns every sequence from arrival to end, and the block manager."""
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, eos_token_ids: frozenset[int]) -> None:
-        assert limits.max_num_sequences <= limits.max_step_tokens, (
-            "decodes of a full batch must fit in a step"
-        )
+        assert limits.max_num_sequences <= limits.max_step_tokens, "decodes of a full batch must fit in a step"
         self.limits = limits
         self.blocks = blocks
         self.eos_token_ids = eos_token_ids
@@ -323,9 +321,7 @@ class Scheduler:
         assert result.step == self._last_step_ended + 1, "results come in the order of the plans"
         self._last_step_ended = result.step
         progress = []
-        for sequence_id, token_id, logprob in zip(
-            result.sequence_ids, result.token_ids, result.logprobs, strict=True
-        ):
+        for sequence_id, token_id, logprob in zip(result.sequence_ids, result.token_ids, result.logprobs, strict=True):
             sequence = self._by_id.get(sequence_id)
             if sequence is not None:
                 reason = self._append(sequence, token_id)

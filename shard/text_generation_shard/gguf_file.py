@@ -129,9 +129,7 @@ def llama_config(file: GgufFile) -> dict[str, Any]:
     if num_heads:
         config["head_dim"] = number("attention.key_length", config["hidden_size"] // num_heads)
     if number("rope.dimension_count", config.get("head_dim", 0)) != config.get("head_dim", 0):
-        raise UnsupportedModel(
-            "GGUF files whose rotary embedding covers only part of a head are not supported"
-        )
+        raise UnsupportedModel("GGUF files whose rotary embedding covers only part of a head are not supported")
     return config | _variant(file, architecture) | _special_tokens(metadata)
 
 

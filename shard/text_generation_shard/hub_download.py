@@ -42,6 +42,8 @@ def download_model(model_id: str, revision: str | None, settings: HubSettings) -
 
     When the Hub cannot be reached, what the cache holds is used.
     """
+    # The library reads this when it is first imported; without it, it tells the Hub about this machine.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not settings.is_offline:
         if _check_on_hub(model_id, revision, settings):
             return _snapshot(model_id, revision, settings, is_local=False)

@@ -96,9 +96,7 @@ def parse_model_config(values: Mapping[str, Any]) -> ModelConfig:
     attention_bias = bool(values.get("attention_bias", False)) and model_type in ("llama", "qwen3")
     activation = values.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
-        raise UnsupportedModel(
-            f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
-        )
+        raise UnsupportedModel(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     if num_heads % num_kv_heads or head_dim % 2:
         raise UnsupportedModel(
             f"{num_heads} heads, {num_kv_heads} key/value heads of size {head_dim} do not fit together"
@@ -193,9 +191,7 @@ def _sliding_windows(values: Mapping[str, Any], model_type: str, num_layers: int
     layer_types = values.get("layer_types")
     if layer_types is None:
         first = values.get("max_window_layers", 28)
-        layer_types = [
-            "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
-        ]
+        layer_types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     if len(layer_types) != num_layers or set(layer_types) - {"sliding_attention", "full_attention"}:
         raise UnsupportedModel(f"config.json: layer_types {layer_types} are not supported")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)

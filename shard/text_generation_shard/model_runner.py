@@ -172,5 +172,5 @@ class ModelRunner:
         """Show in the progress file that this rank is lost."""
         self._progress.fail()
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

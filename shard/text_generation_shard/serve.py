@@ -4,6 +4,7 @@ import logging
 import platform
 import signal
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -12,7 +13,7 @@ from text_generation_shard.config import ShardConfig
 from text_generation_shard.kv_cache import KvLayout
 from text_generation_shard.logs import Timeline
 from text_generation_shard.model_config import ModelConfig, load_model_config
-from text_generation_shard.model_runner import ModelInfo, ModelRunner
+from text_generation_shard.model_runner import CausalModel, ModelInfo, ModelRunner
 from text_generation_shard.progress import ProgressFile
 from text_generation_shard.server import ShardServer, ShardService
 from text_generation_shard.step_loop import StepLoop
@@ -65,7 +66,7 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
 
     progress = ProgressFile(config.run_folder, config.rank)
     runner = ModelRunner(
-        model,
+        cast(CausalModel, model),
         _model_info(model_config, device),
         KvLayout(model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype),
         KvBudget(config.cpu_kv_bytes),

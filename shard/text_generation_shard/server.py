@@ -79,7 +79,7 @@ def pack_result(result: StepResult) -> pb.StepResult:
     )
 
 
-class ShardService(ShardServicer):  # type: ignore[misc]
+class ShardService(ShardServicer):
     """The calls of shard.proto."""
 
     def __init__(self, loop: StepLoop) -> None:

@@ -84,7 +84,7 @@ def run_worst_case(
         ) from None
 
 
-def dummy_inputs(query_lengths: np.ndarray, block_size: int) -> StepInputs:  # type: ignore[type-arg]
+def dummy_inputs(query_lengths: np.ndarray, block_size: int) -> StepInputs:
     """A step of fresh sequences that all lie in block 0 and all sample."""
     query_starts = np.zeros(len(query_lengths) + 1, np.int32)
     np.cumsum(query_lengths, out=query_starts[1:])

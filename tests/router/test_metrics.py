@@ -48,7 +48,7 @@ CONTRACT = {
     "tgi_batch_concat_duration": ("histogram", {("method", "decode")}, DURATIONS),
     "tgi_kv_blocks_used": ("gauge", None, None),
     "tgi_kv_blocks_cached": ("gauge", None, None),
-    "tgi_kv_blocks_total": ("gauge", None, None),
+    "tgi_kv_blocks_capacity": ("gauge", None, None),
     "tgi_preemptions": ("counter", None, None),
     "tgi_prefix_cache_query_tokens": ("counter", None, None),
     "tgi_prefix_cache_hit_tokens": ("counter", None, None),
@@ -104,7 +104,7 @@ def test_every_name_is_there_from_the_start(name):
 def test_no_suffixes_that_dashboards_do_not_ask_for():
     text = make_metrics().text()
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
-    assert not [name for name in names if name.endswith(("_total", "_created")) and name != "tgi_kv_blocks_total"]
+    assert not [name for name in names if name.endswith(("_total", "_created")) and name != "tgi_kv_blocks_capacity"]
     assert "# TYPE tgi_request_count counter" in text.splitlines()
 
 
@@ -187,7 +187,7 @@ def test_what_the_engine_reports():
         ("tgi_batch_max_total_tokens", {}, 4096),
         ("tgi_kv_blocks_used", {}, 5),
         ("tgi_kv_blocks_cached", {}, 6),
-        ("tgi_kv_blocks_total", {}, 256),
+        ("tgi_kv_blocks_capacity", {}, 256),
         ("tgi_preemptions", {}, 2),
         ("tgi_prefix_cache_query_tokens", {}, 100),
         ("tgi_prefix_cache_hit_tokens", {}, 64),

@@ -69,9 +69,7 @@ class ModelShard:
             assert count > 0
             work[sequence_id] = count
         assert sum(work.values()) <= self.limits.max_step_tokens
-        tokens = {
-            sequence_id: self.compute(self.rows[sequence_id], count) for sequence_id, count in work.items()
-        }
+        tokens = {sequence_id: self.compute(self.rows[sequence_id], count) for sequence_id, count in work.items()}
         sampled = {sequence_id: token for sequence_id, token in tokens.items() if token is not None}
         return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled))
 
@@ -81,9 +79,7 @@ class ModelShard:
         for new in plan.new_sequences:
             assert new.sequence_id not in self.rows
             assert 0 <= new.num_computed_tokens < len(new.token_ids)
-            self.rows[new.sequence_id] = Row(
-                list(new.token_ids), new.num_computed_tokens, list(new.block_ids)
-            )
+            self.rows[new.sequence_id] = Row(list(new.token_ids), new.num_computed_tokens, list(new.block_ids))
         position = 0
         for sequence_id, count in zip(plan.grown_sequence_ids, plan.grown_num_blocks, strict=True):
             self.rows[sequence_id].blocks += plan.grown_block_ids[position : position + count]
@@ -112,9 +108,7 @@ class ModelShard:
 class Harness:
     """A scheduler and its model shard, with up to `depth` plans in flight."""
 
-    def __init__(
-        self, num_blocks: int, block_size: int, limits: SchedulerLimits, depth: int = 2, caching: bool = True
-    ):
+    def __init__(self, num_blocks: int, block_size: int, limits: SchedulerLimits, depth: int = 2, caching: bool = True):
         self.blocks = BlockManager(num_blocks, block_size, caching)
         self.scheduler = Scheduler(limits, self.blocks, frozenset([EOS]))
         self.shard = ModelShard(num_blocks, block_size, limits)
@@ -154,9 +148,7 @@ class Harness:
         assert not self.shard.rows, "the shard was not told of every end"
 
 
-def make_request(
-    prompt: list[int], max_new_tokens: int, ignore_eos: bool = False, salt: bytes = b""
-) -> ValidRequest:
+def make_request(prompt: list[int], max_new_tokens: int, ignore_eos: bool = False, salt: bytes = b"") -> ValidRequest:
     return ValidRequest(prompt, max_new_tokens, ignore_eos=ignore_eos, cache_salt=salt)
 
 
@@ -252,9 +244,7 @@ def test_generated_tokens_are_found_again_by_the_next_turn():
     harness = Harness(200, 4, SchedulerLimits(64, 8))
     first = harness.add(make_request(list(range(10)), 20, ignore_eos=True))
     harness.run_until_idle()
-    second = harness.add(
-        make_request([*first.request.token_ids, *harness.generated[first.sequence_id], 1], 4)
-    )
+    second = harness.add(make_request([*first.request.token_ids, *harness.generated[first.sequence_id], 1], 4))
     harness.run_until_idle()
     assert second.num_cached_tokens == 28  # 29 of 31 tokens have keys and values: seven full blocks
 
@@ -291,12 +281,8 @@ def test_a_failed_sequence_ends_alone_and_leaves_nothing_in_the_prefix_cache():
     plan = harness.scheduler.schedule()
     assert plan is not None
     result = harness.shard.execute(plan)
-    rows = [
-        row for row in zip(result.sequence_ids, result.token_ids, strict=True) if row[0] != broken.sequence_id
-    ]
-    result = StepResult(
-        1, [i for i, _ in rows], [t for _, t in rows], [0.0], {broken.sequence_id: "not finite"}
-    )
+    rows = [row for row in zip(result.sequence_ids, result.token_ids, strict=True) if row[0] != broken.sequence_id]
+    result = StepResult(1, [i for i, _ in rows], [t for _, t in rows], [0.0], {broken.sequence_id: "not finite"})
     progress = {p.sequence.sequence_id: p for p in harness.scheduler.update(result)}
     assert progress[broken.sequence_id].failure == "not finite"
     harness.generated[fine.sequence_id].append(progress[fine.sequence_id].token_id)

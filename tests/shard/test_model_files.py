@@ -169,6 +169,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files = files
         self.downloaded: list[str] = []
         self.tokens: set[str | None] = set()
+        self.user_agents: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -187,8 +188,8 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = urlparse(self.path).path
-        if "org/" in path:  # the client's library asks for more than the model
-            self.server.tokens.add(self.headers.get("authorization"))
+        self.server.tokens.add(self.headers.get("authorization"))
+        self.server.user_agents.add(self.headers["user-agent"])
         if "org/gated" in path:
             self.send(403, b"", {"X-Error-Code": "GatedRepo"})
         elif "/revision/none" in path:
@@ -262,6 +263,7 @@ def test_a_model_is_downloaded_once_and_then_found_offline(tmp_path, hub):
     assert Path(answer["model_folder"]).is_relative_to(tmp_path / "home")
     assert hub.tokens == {"Bearer hf_secret"}
     assert "hf_secret" not in stderr
+    assert not any("torch" in user_agent or "agent/" in user_agent for user_agent in hub.user_agents)
     assert run_command(*arguments, **environment)[1] == answer
     hub.server_close()  # nobody answers any more
     assert run_command(*arguments, **environment)[1] == answer
