@@ -1,0 +1,236 @@
+"""Paged attention over a work plan, against a dense computation in float64."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from text_generation_kernels import reference
+from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.attention_work import plan_attention
+from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace, paged_attention
+from text_generation_kernels.shared_prefix import SharedPrefix
+
+pytestmark = pytest.mark.interpreted
+
+# Relative to the largest value: a product of 16-bit probabilities and values, summed in float32.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+MIXED = [(1, 33), (20, 20), (0, 9), (1, 1), (7, 40), (1, 48)]  # (query length, sequence length)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: its sequences and the shape of its heads."""
+
+    steps: list[tuple[int, int]]
+    num_kv_heads: int = 2
+    group_size: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    workers: int = 3
+    min_key_tiles: int = 1
+    wide: bool = True
+    shared: tuple[list[int], int] | None = None  # sequences with the same first blocks, and how many keys those hold
+
+    @property
+    def scale(self) -> float:
+        """The usual one."""
+        return 1 / math.sqrt(self.head_dim)
+
+
+def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernels' output and the exact one, both of the step's own tokens."""
+    inputs = random_inputs(case, device, padding)
+    query, key_cache, value_cache, batch = inputs
+    layout = AttentionLayout(
+        group_size=case.group_size,
+        block_size=case.block_size,
+        max_tokens=query.shape[0] + 3,
+        max_sequences=len(case.steps) + 2,
+        narrow=Tile(16 if case.group_size <= 16 else 32, 32, case.workers, case.min_key_tiles),
+        wide=Tile(32, 16, case.workers, case.min_key_tiles) if case.wide else None,
+    )
+    plan = torch.full((layout.size,), 2**30, dtype=torch.int32)
+    prefixes = [] if case.shared is None else [SharedPrefix(np.array(case.shared[0]), case.shared[1])]
+    starts, lengths = batch.query_starts.cpu().numpy(), batch.sequence_lengths.cpu().numpy()
+    plan_attention(layout, plan.numpy(), starts, lengths, case.sliding_window, prefixes)
+    workspace = AttentionWorkspace(layout, case.num_kv_heads, case.head_dim, device)
+    workspace.load(plan)
+    workspace.partial_output.fill_(math.nan)
+    workspace.partial_weight.fill_(math.nan)
+    output = torch.full_like(query, math.nan)
+    options = (case.scale, case.sliding_window, case.soft_cap)
+    result = paged_attention(query, key_cache, value_cache, batch, *options, workspace, output)
+    assert result is output
+    num_tokens = query.shape[0] - padding
+    assert output[num_tokens:].isnan().all(), "padding is not written"
+    return output[:num_tokens].double().cpu(), exact(case, *inputs).cpu()
+
+
+def random_inputs(
+    case: Case, device: torch.device, padding: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch]:
+    """Caches full of NaN but for the sequences' own keys; tables of wild numbers but for their own blocks."""
+    torch.manual_seed(len(case.steps) + case.head_dim)
+    query_lengths, lengths = (list(column) for column in zip(*case.steps, strict=True))
+    num_tokens, size = sum(query_lengths), case.block_size
+    max_blocks = max(-(-length // size) for length in lengths) + 2
+    order = torch.randperm(len(lengths) * max_blocks + 3)
+    tables = torch.full((len(lengths), max_blocks), 2**30, dtype=torch.int32)
+    shape = (len(order), case.num_kv_heads, size, case.head_dim)
+    key_cache, value_cache = torch.full((2, *shape), math.nan)
+    for row, length in enumerate(lengths):
+        used = -(-length // size)
+        tables[row, :used] = order[row * max_blocks : row * max_blocks + used]
+        if case.shared is not None and row in case.shared[0][1:]:
+            common = case.shared[1] // size
+            tables[row, :common] = tables[case.shared[0][0], :common]
+        positions = torch.arange(length)
+        where = (tables[row, positions // size].long(), slice(None), positions % size)
+        key_cache[where] = 2 * torch.randn(length, case.num_kv_heads, case.head_dim)
+        value_cache[where] = torch.randn(length, case.num_kv_heads, case.head_dim)
+    query = 2 * torch.randn(num_tokens + padding, case.num_kv_heads * case.group_size, case.head_dim)
+    starts = torch.tensor([0, *np.cumsum(query_lengths)], dtype=torch.int32)
+    batch = AttentionBatch(
+        tables.to(device), starts.to(device), torch.tensor(lengths, dtype=torch.int32, device=device),
+        max(query_lengths), max(lengths),
+    )  # fmt: skip
+    caches = [cache.to(device, case.dtype).contiguous() for cache in (key_cache, value_cache)]
+    return query.to(device, case.dtype), caches[0], caches[1], batch
+
+
+def exact(
+    case: Case, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: AttentionBatch
+) -> torch.Tensor:
+    """Token by token, head by head, in float64."""
+    results = []
+    for row, (query_length, length) in enumerate(case.steps):
+        start = int(batch.query_starts[row])
+        for i in range(query_length):
+            position = length - query_length + i
+            first = 0 if case.sliding_window is None else max(0, position - case.sliding_window + 1)
+            seen = torch.arange(first, position + 1, device=query.device)
+            where = (batch.block_tables[row, seen // case.block_size].long(), slice(None), seen % case.block_size)
+            keys, values = key_cache[where].double(), value_cache[where].double()
+            for head in range(query.shape[1]):
+                of = head // case.group_size
+                scores = keys[:, of] @ query[start + i, head].double() * case.scale
+                if case.soft_cap is not None:
+                    scores = case.soft_cap * (scores / case.soft_cap).tanh()
+                results.append(scores.softmax(0) @ values[:, of])
+    return torch.stack(results).view(-1, query.shape[1], case.head_dim)
+
+
+def assert_exact(case: Case, device: torch.device, padding: int = 0) -> None:
+    output, expected = run(case, device, padding)
+    tolerance = TOLERANCES[case.dtype] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_mixed_step(dtype, device):
+    assert_exact(Case(MIXED, dtype=dtype), device, padding=2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_decode_step(dtype, device):
+    assert_exact(Case([(1, 70), (1, 1), (1, 16), (1, 17)], dtype=dtype, wide=False), device)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_head_sizes(head_dim, device):
+    assert_exact(Case([(1, 35), (18, 35)], num_kv_heads=1, head_dim=head_dim), device)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 7, 17])
+def test_group_sizes(group_size, device):
+    assert_exact(Case([(1, 35), (2, 20)], group_size=group_size, num_kv_heads=1), device)
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 64])
+def test_lengths_at_edges_of_blocks_and_tiles(length, device):
+    assert_exact(Case([(1, length), (min(length, 18), length)], num_kv_heads=1, workers=2), device)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_block_sizes(block_size, device):
+    assert_exact(Case(MIXED, num_kv_heads=1, block_size=block_size), device)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 5, 16, 23, 1000])
+def test_sliding_windows(sliding_window, device):
+    assert_exact(Case([(1, 60), (20, 50), (1, 4)], num_kv_heads=1, sliding_window=sliding_window), device)
+
+
+@pytest.mark.parametrize("workers", [1, 40])
+def test_uncut_and_finely_cut(workers, device):
+    assert_exact(Case([(1, 150), (25, 60)], num_kv_heads=1, workers=workers), device)
+
+
+def test_coarse_cuts(device):
+    assert_exact(Case([(1, 150), (25, 60)], num_kv_heads=1, workers=40, min_key_tiles=3), device)
+
+
+@pytest.mark.parametrize("soft_cap", [0.5, 30.0])
+def test_soft_cap(soft_cap, device):
+    case = Case(MIXED, num_kv_heads=1, soft_cap=soft_cap)
+    assert_exact(case, device)
+    assert_exact(replace(case, sliding_window=5), device)
+
+
+def test_soft_cap_of_huge_scores(device):
+    case = Case([(1, 20)], num_kv_heads=1, soft_cap=2.0)
+    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
+    huge = (query * 1e4, key_cache, value_cache, batch)
+    workspace = planned_workspace(case, batch, device)
+    output = paged_attention(*huge, case.scale, None, case.soft_cap, workspace)
+    torch.testing.assert_close(output.double().cpu(), exact(case, *huge).cpu(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_prefix(wide, dtype, device):
+    steps = [(1, 40), (1, 33), (1, 70), (1, 35), (1, 48), (1, 34), (1, 33), (1, 36), (1, 41), (1, 64)]
+    members = [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    assert_exact(Case(steps, num_kv_heads=1, wide=wide, dtype=dtype, shared=(members, 32)), device)
+
+
+def test_shared_prefix_beside_a_prompt(device):
+    assert_exact(Case([(1, 40), (20, 30), (1, 33)], num_kv_heads=1, shared=([0, 2], 32)), device, padding=1)
+
+
+def test_one_plan_buffer_serves_step_after_step(device):
+    case = Case([(1, 90), (20, 20)], num_kv_heads=1)
+    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
+    workspace = planned_workspace(case, batch, device)
+    paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
+    shorter = replace(case, steps=[(1, 3), (20, 20)])
+    batch = replace(batch, sequence_lengths=torch.tensor([3, 20], dtype=torch.int32, device=device))
+    workspace.load(planned_workspace(shorter, batch, device, workspace.layout).plan)
+    output = paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
+    expected = exact(shorter, query, key_cache, value_cache, batch)
+    torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
+
+
+def planned_workspace(
+    case: Case, batch: AttentionBatch, device: torch.device, layout: AttentionLayout | None = None
+) -> AttentionWorkspace:
+    layout = layout or AttentionLayout(case.group_size, case.block_size, 64, 4, Tile(16, 32, 3), Tile(32, 32, 3))
+    plan = torch.zeros(layout.size, dtype=torch.int32)
+    plan_attention(layout, plan.numpy(), batch.query_starts.cpu().numpy(), batch.sequence_lengths.cpu().numpy())
+    workspace = AttentionWorkspace(layout, case.num_kv_heads, case.head_dim, device)
+    workspace.load(plan)
+    return workspace
+
+
+def test_reference_with_soft_cap_is_exact(device):
+    case = Case(MIXED, soft_cap=3.0, sliding_window=9)
+    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
+    tables = (batch.block_tables, batch.query_starts, batch.sequence_lengths)
+    output = reference.soft_capped_paged_attention(query, key_cache, value_cache, *tables, case.scale, 3.0, 9)
+    expected = exact(case, query, key_cache, value_cache, batch)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
