@@ -1,6 +1,7 @@
 """`text-generation-server`: serves one rank, or downloads a model's weights. Loads torch only to serve."""
 
 import argparse
+import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -18,7 +19,7 @@ from text_generation_shard.config import ShardConfig
 from text_generation_shard.hub_download import HubSettings
 from text_generation_shard.logs import Timeline, set_up_logging
 from text_generation_shard.model_files import resolve_model
-from text_generation_shard.parent_watch import watch_parent
+from text_generation_shard.parent_watch import LAUNCHER_PID_VARIABLE, watch_parent
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ REFUSED_OPTIONS = {
     "kv_cache_dtype": "KV memory has the model's own type",
     "otlp_endpoint": "the router alone sends traces",
 }
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RefusedOption(ValueError):
@@ -68,6 +72,8 @@ def config_from_options(options: argparse.Namespace) -> ShardConfig:
     if options.config_json is not None:
         values: dict[str, Any] = json.loads(options.config_json)
         values["weight_files"] = tuple(values.get("weight_files", ()))
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(ShardConfig)}:
+            raise ValueError(f"--config-json has unknown fields: {', '.join(sorted(unknown))}")
         return ShardConfig(**values)
     for name, reason in REFUSED_OPTIONS.items():
         if getattr(options, name) is not None:
@@ -102,23 +108,44 @@ def _group_of_environment() -> dict[str, Any]:
     }
 
 
-def run_serve(options: argparse.Namespace) -> int:
+def process_started_ns() -> int:
+    """When this process was started, on the monotonic clock: what came before the first line of Python counts too."""
+    # Field 22 of stat; the name before it may hold spaces, but no further parenthesis follows it.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - int(age_s * 1e9)
+
+
+def set_up_process(run_folder: str) -> None:
+    """See to it that this process ends with its launcher, ends well on SIGTERM, and can be asked where it is stuck."""
+    os.umask(0o077)
+    # Python-level handlers wait for C code to return; this one shows where a stuck rank is stuck.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    watch_parent(run_folder)
+    launcher_pid = os.environ.get(LAUNCHER_PID_VARIABLE)
+    if not launcher_pid:
+        return
+    # A rank that hangs in C code cannot see its input's end, so the kernel is asked as well.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(launcher_pid):
+        sys.exit("ERROR text_generation_shard: the launcher has gone")
+
+
+def run_serve(options: argparse.Namespace, timeline: Timeline) -> int:
     """Serve until told to stop; 1 for whatever else ends it."""
-    timeline = Timeline(time.monotonic_ns())
     try:
         config = config_from_options(options)
     except (ValueError, OSError) as error:
-        print(f"ERROR {__name__}: {error}", file=sys.stderr)
+        print(f"ERROR text_generation_shard: {error}", file=sys.stderr)
         return 1
     set_up_logging(config.log_level, config.json_output)
-    watch_parent(config.run_folder)
-    # Python-level handlers wait for C code to return; this one shows where a stuck rank is stuck.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    set_up_process(config.run_folder)
     timeline.phase_ends("config")
-    from text_generation_shard.serve import serve
-
-    timeline.phase_ends("import")
     try:
+        from text_generation_shard.serve import serve
+
+        timeline.phase_ends("import")
         serve(config, timeline)
     except Exception as error:
         logger.exception("The shard ends: %s", error)
@@ -143,9 +170,14 @@ def run_download(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Entry point of the command."""
+    timeline = Timeline(process_started_ns())
     options = build_parser().parse_args()
     if options.command == "serve":
-        sys.exit(run_serve(options))
+        code = run_serve(options, timeline)
+        # Threads of gRPC and NCCL may wait for ever; all that needs closing is closed.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
     if options.command == "download-weights":
         sys.exit(run_download(options))
     sys.exit("ERROR text-generation-server: quantize is not supported; GGUF files can be served as they are")

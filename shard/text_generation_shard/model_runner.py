@@ -29,8 +29,8 @@ class CausalModel(Protocol):
         """Hidden states of the step's tokens, [num_tokens, hidden_size]."""
         ...
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits, [num_rows, vocab_size]; other ranks than 0 may answer None."""
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, [num_rows, vocab_size], on every rank."""
         ...
 
 
@@ -138,7 +138,7 @@ class ModelRunner:
         )
 
     def forward(self, inputs: StepInputs, kv_caches: KvCaches) -> torch.Tensor | None:
-        """Logits of the sampling rows; None where there are none, or on a rank that does not have them."""
+        """Logits of the sampling rows; None where no row samples."""
         context = ForwardContext(
             slot_mapping=self._to_device(inputs.slot_mapping),
             block_tables=self._to_device(inputs.block_tables),

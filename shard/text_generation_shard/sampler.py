@@ -24,19 +24,22 @@ class SampledTokens:
 
 
 def sample_tokens(logits: torch.Tensor | None, batch: InputBatch, inputs: StepInputs) -> SampledTokens:
-    """Rank 0 chooses, the others learn its choice. `logits` is [num_samples, vocab_size]; only rank 0 reads it."""
-    num_samples = len(inputs.sampling_rows)
-    token_ids = np.full(num_samples, NO_TOKEN, np.int64)
-    logprobs = np.zeros(num_samples, np.float32)
+    """Rank 0 chooses, the others learn its choice. `logits` is [num_samples, vocab_size], None if no row samples."""
+    if logits is None:
+        return SampledTokens(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.bool_))
     if distributed.rank() == 0:
-        assert logits is not None, "rank 0 has the logits"
-        token_ids, logprobs = _choose(logits, batch, inputs)
-    if distributed.world_size() > 1:
-        token_ids = distributed.broadcast(torch.from_numpy(token_ids)).numpy()
-    return SampledTokens(token_ids, logprobs, token_ids != NO_TOKEN)
+        tokens, logprobs = _choose(logits, batch, inputs)
+    else:
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        logprobs = torch.zeros(len(logits), device=logits.device)
+    tokens = distributed.broadcast(tokens)
+    # The step's one read from the device; a double holds every token id and every float32 exactly.
+    chosen = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
+    token_ids = chosen[0].astype(np.int64)
+    return SampledTokens(token_ids, chosen[1].astype(np.float32), token_ids != NO_TOKEN)
 
 
-def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tuple[Int64Array, Float32Array]:
+def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
     rows = inputs.sampling_rows
     tokens, logprobs = reference.sample(
         logits,
@@ -47,7 +50,4 @@ def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tupl
         # The random number belongs to the token's place in its sequence: a recomputed sequence draws the same.
         torch.from_numpy(inputs.sampling_positions),
     )
-    tokens = torch.where(reference.finite_rows(logits), tokens, NO_TOKEN)
-    # The step's one read from the device; a double holds every token id and every float32 exactly.
-    chosen = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
-    return chosen[0].astype(np.int64), chosen[1].astype(np.float32)
+    return torch.where(reference.finite_rows(logits), tokens, NO_TOKEN), logprobs
