@@ -159,10 +159,12 @@ def _rope(values: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig
     if rope_type not in ROPE_TYPES or partial != 1.0:
         kind = rope_type if partial == 1.0 else "partial"
         raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if rope_type in ("llama3", "yarn", "dynamic"):
-        original = values.get("original_max_position_embeddings") or max_position_embeddings
-        if not parameters.get("original_max_position_embeddings"):
-            parameters["original_max_position_embeddings"] = original
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise UnsupportedModel("config.json: rotary embeddings that differ by layer are not supported")
+    if rope_type in ("llama3", "yarn"):
+        # As transformers has it: the field outside the rope parameters wins, then theirs, then the model's length.
+        own = parameters.get("original_max_position_embeddings") or max_position_embeddings
+        parameters["original_max_position_embeddings"] = values.get("original_max_position_embeddings") or own
     for key in _REQUIRED[rope_type]:
         if parameters.get(key) is None:
             raise UnsupportedModel(f"config.json: rope type {rope_type!r} lacks {key}")

@@ -1,0 +1,54 @@
+"""One rank of a group, started by test_distributed.py: loads a model, prefills, decodes, saves its logits."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from text_generation_shard import distributed
+from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.model_config import load_model_config
+from text_generation_shard.weights import load_model
+
+TOKENS = [5, 99, 0, 100, 41, 7, 7, 63, 12]
+
+
+def context(position: int, count: int, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> ForwardContext:
+    return ForwardContext(
+        slot_mapping=torch.arange(position, position + count),
+        block_tables=torch.arange(3, dtype=torch.int32)[None],
+        query_starts=torch.tensor([0, count], dtype=torch.int32),
+        sequence_lengths=torch.tensor([position + count], dtype=torch.int32),
+        max_query_length=count,
+        max_sequence_length=position + count,
+        kv_caches=caches,
+    )
+
+
+def main(folder: Path, rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    distributed.join_group(rank, world_size, "localhost", port, device)
+    assert (distributed.rank(), distributed.world_size()) == (rank, world_size)
+    assert distributed.all_reduce_min(10 - rank) == 11 - world_size
+    assert distributed.broadcast(torch.tensor([rank + 3])).tolist() == [3]
+    config = load_model_config(folder)
+    model = load_model(config, [folder / "model.safetensors"], torch.float32, device, rank, world_size)
+    shape = (3, config.num_kv_heads // world_size, 4, config.head_dim)
+    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+    logits = []
+    with torch.inference_mode():
+        for position, count in ((0, 7), (7, 1), (8, 1)):
+            ids = torch.tensor(TOKENS[position : position + count])
+            with forward_context(context(position, count, caches)):
+                hidden = model(ids, torch.arange(position, position + count))
+            logits.append(model.compute_logits(hidden))
+    listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert set(listening) <= {"127.0.0.1"}, listening
+    num_parameters = torch.tensor(sum(parameter.numel() for parameter in model.parameters()))
+    save_file({"logits": torch.cat(logits), "num_parameters": num_parameters}, folder / f"rank-{rank}.safetensors")
+    distributed.leave_group()
+
+
+main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -1,0 +1,158 @@
+"""Every family against transformers, logit by logit, on random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.model_config import ModelConfig, load_model_config
+from text_generation_shard.weights import load_model
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+BLOCK_SIZE = 4
+SMALL: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama2": lambda: LlamaConfig(**SMALL | {"num_key_value_heads": 6}),
+    "llama3": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    "llama-biases": lambda: LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama-linear": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
+    ),
+    "llama-dynamic": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+    ),
+    "llama-yarn": lambda: LlamaConfig(**SMALL, rope_parameters=YARN_ROPE),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=6, head_dim=16),
+    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2-window": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
+    "qwen3-biases": lambda: Qwen3Config(**SMALL, head_dim=8, attention_bias=True),
+}
+
+
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """All weights random, those included that models start as 0 or 1."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = 0.5 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            parameter.normal_(0.0, size, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+    return model
+
+
+class PagedBatch:
+    """Some sequences over blocks in shuffled order, computed as many tokens at a time as one likes."""
+
+    def __init__(self, model: torch.nn.Module, config: ModelConfig, sequences: list[list[int]]) -> None:
+        self.model, self.sequences, self.num_computed = model, sequences, [0] * len(sequences)
+        max_blocks = max(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
+        num_blocks = len(sequences) * max_blocks
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
+        self.tables = order.view(len(sequences), max_blocks).int()
+        shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        self.caches = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(config.num_layers)]
+        self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+
+    def step(self, num_tokens: dict[int, int]) -> None:
+        """Compute the next tokens of some sequences in one forward pass."""
+        ids, positions, slots, starts, lengths = [], [], [], [0], []
+        for row, count in num_tokens.items():
+            first, end = self.num_computed[row], self.num_computed[row] + count
+            ids += self.sequences[row][first:end]
+            positions += range(first, end)
+            slots += [
+                int(self.tables[row, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+                for position in range(first, end)
+            ]
+            starts.append(len(ids))
+            lengths.append(end)
+            self.num_computed[row] = end
+        context = ForwardContext(
+            slot_mapping=torch.tensor(slots),
+            block_tables=self.tables[list(num_tokens)],
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            sequence_lengths=torch.tensor(lengths, dtype=torch.int32),
+            max_query_length=max(num_tokens.values()),
+            max_sequence_length=max(lengths),
+            kv_caches=self.caches,
+        )
+        with torch.inference_mode(), forward_context(context):
+            hidden = self.model(torch.tensor(ids), torch.tensor(positions))
+            logits = self.model.compute_logits(hidden)  # type: ignore[operator]
+        for index, row in enumerate(num_tokens):
+            self.logits[row].append(logits[starts[index] : starts[index + 1]])
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    return torch.randint(101, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=CASES)
+def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, torch.nn.Module, ModelConfig]:
+    reference = random_model(CASES[request.param]())
+    reference.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    model = load_model(config, sorted(tmp_path.glob("*.safetensors")), torch.float32, torch.device("cpu"))
+    return reference, model, config
+
+
+def test_equals_transformers_whole_chunked_and_decoding(
+    models: tuple[PreTrainedModel, torch.nn.Module, ModelConfig],
+) -> None:
+    reference, model, config = models
+    sequences = [random_ids(23, 1), random_ids(17, 2), random_ids(9, 3)]
+    batch = PagedBatch(model, config, sequences)
+    batch.step({0: 15})  # a whole prompt
+    batch.step({0: 1, 1: 6})  # a decode beside a chunk
+    batch.step({1: 5, 0: 1, 2: 9})  # the next chunk, a decode, another whole prompt
+    while batch.num_computed[1] < 17:
+        batch.step({row: 1 for row in (1, 0)})
+    assert batch.num_computed == [23, 17, 9]
+    for tokens, logits in zip(sequences, batch.logits, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([tokens])).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_family_has_a_case() -> None:
+    from text_generation_shard.models import REGISTRY
+
+    assert {build().model_type for build in CASES.values()} == set(REGISTRY)
