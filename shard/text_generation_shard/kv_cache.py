@@ -60,11 +60,12 @@ def _allocate_on_touch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     return torch.frombuffer(memory, dtype=dtype, count=num_elements).view(shape)
 
 
-def cpu_kv_bytes(configured_bytes: int, world_size: int) -> int:
+def cpu_kv_bytes(configured_bytes: int, world_size: int, root: Path = Path("/")) -> int:
     """Bytes of KV memory for one of `world_size` ranks on this machine's CPU; `configured_bytes` is a rank's."""
     if configured_bytes > 0:
         return configured_bytes
-    budget = min(memory_limit_bytes() // 4, _meminfo_bytes("MemAvailable") // 2, DEFAULT_CPU_KV_BYTES)
+    free_bytes = _meminfo_bytes("MemAvailable", root)
+    budget = min(memory_limit_bytes(root) // 4, free_bytes // 2, DEFAULT_CPU_KV_BYTES)
     return budget // world_size
 
 
