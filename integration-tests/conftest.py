@@ -202,17 +202,40 @@ class Server:
         texts = [block.removeprefix("data: ") for block in blocks]
         return [text if text == "[DONE]" else json.loads(text) for text in texts]
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metrics(self, port: int | None = None) -> dict[tuple[str, ...], float]:
+        """The samples of /metrics, by name and the values of their labels."""
+        reply = self.get("/metrics", port=port)
+        assert reply.status == 200
+        assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        text = reply.body.decode()
+        assert "_created" not in text
+        samples = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                # On the wire counters have no suffix; this parser adds it to their names.
+                name = sample.name.removesuffix("_total") if family.type == "counter" else sample.name
+                assert f"\n{name}" in text
+                samples[name, *sample.labels.values()] = sample.value
+        return samples
+
+    def metric(self, name: str, *labels: str) -> float:
         """The value of one sample of /metrics."""
-        text = self.get("/metrics").body.decode()
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        (value,) = (sample.value for sample in samples if sample.name == name and sample.labels == labels)
-        return float(value)
+        return self.metrics()[name, *labels]
 
     def wait_idle(self, timeout_s: float = 30.0) -> None:
         """Wait until no sequence waits or runs and no KV block is held."""
         names = ("tgi_queue_size", "tgi_batch_current_size", "tgi_kv_blocks_used", "tgi_request_running")
-        self.wait_for(lambda: not any(map(self.metric, names)), f"zero in {names}", timeout_s)
+
+        def is_idle() -> bool:
+            samples = self.metrics()
+            return not any(samples[name,] for name in names)
+
+        self.wait_for(is_idle, f"zero in {names}", timeout_s)
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the session in order, so that no server outlives it."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM"))
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def counters(server: Server) -> dict[str, float]:
     names = ("tgi_request_count", "tgi_request_success")
     labels = ("overloaded", "validation", "template", "generation", "incomplete", "dropped")
     counts = {name: server.metric(name) for name in names}
-    return counts | {label: server.metric("tgi_request_failure", err=label) for label in labels}
+    return counts | {label: server.metric("tgi_request_failure", label) for label in labels}
 
 
 def test_half_of_the_clients_leave(tiny: Server) -> None:
@@ -71,10 +71,10 @@ def test_a_client_that_waits_for_a_whole_answer_leaves(tiny: Server) -> None:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
 
-    steps = tiny.metric("tgi_batch_inference_count", method="decode")
+    steps = tiny.metric("tgi_batch_inference_count", "decode")
     asyncio.run(leave_early())
     tiny.wait_idle(10.0)
-    assert tiny.metric("tgi_batch_inference_count", method="decode") - steps < 7000
+    assert tiny.metric("tgi_batch_inference_count", "decode") - steps < 7000
 
 
 async def _metric(session: aiohttp.ClientSession, server: Server, name: str) -> float:
@@ -102,4 +102,4 @@ def test_too_many_clients(serve: Any, tiny_model: Any) -> None:
             assert server.get("/health").status == 200
         server.wait_idle()
         assert server.post("/generate", short).status == 200
-        assert server.metric("tgi_request_failure", err="overloaded") == 3
+        assert server.metric("tgi_request_failure", "overloaded") == 3

@@ -1,4 +1,7 @@
-"""TGI's own dialect, spoken to the embedded demo model: /generate, /generate_stream and /."""
+"""TGI's own dialect, spoken to the embedded demo model: /generate, /generate_stream and /.
+
+Tests that compare two answers ask the float32 server, where a prefix hit or a neighbour cannot change a token.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
 
 FRANCE = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 COUNTING = "1, 2, 3, 4, 5, 6,"
+SPECIAL = {0: "<s>", 1: "</s>"}  # of the tiny model
 
 
 def test_the_demo_knows_paris(demo: Server) -> None:
@@ -19,8 +23,8 @@ def test_the_demo_knows_paris(demo: Server) -> None:
     assert "Paris" in answer["generated_text"]
 
 
-def test_details_tell_of_each_token(demo: Server) -> None:
-    reply = demo.post("/generate", {"inputs": FRANCE, "parameters": {"max_new_tokens": 5, "details": True}})
+def test_details_tell_of_each_token(exact: Server) -> None:
+    reply = exact.post("/generate", {"inputs": FRANCE, "parameters": {"max_new_tokens": 5, "details": True}})
     answer = reply.json()
     details = answer["details"]
     assert (details["finish_reason"], details["generated_tokens"]) == ("length", 5)
@@ -36,8 +40,8 @@ def test_details_tell_of_each_token(demo: Server) -> None:
     assert float(reply.headers["x-compute-time"]) > 0
 
 
-def test_an_answer_ends_with_its_end_of_turn(demo: Server) -> None:
-    answer = demo.generate(FRANCE, max_new_tokens=64, details=True)
+def test_an_answer_ends_with_its_end_of_turn(exact: Server) -> None:
+    answer = exact.generate(FRANCE, max_new_tokens=64, details=True)
     details = answer["details"]
     assert details["finish_reason"] == "eos_token"
     assert details["generated_tokens"] == len(details["tokens"]) < 64
@@ -46,23 +50,23 @@ def test_an_answer_ends_with_its_end_of_turn(demo: Server) -> None:
     assert "<|im_end|>" not in answer["generated_text"]
 
 
-def test_ignore_eos_goes_on(demo: Server) -> None:
-    details = demo.generate(FRANCE, max_new_tokens=64, ignore_eos=True, details=True)["details"]
+def test_ignore_eos_goes_on(exact: Server) -> None:
+    details = exact.generate(FRANCE, max_new_tokens=64, ignore_eos=True, details=True)["details"]
     assert (details["finish_reason"], len(details["tokens"])) == ("length", 64)
 
 
-def test_a_stop_string_stays_in_the_text(demo: Server) -> None:
-    whole = demo.generate(COUNTING, max_new_tokens=16, ignore_eos=True)["generated_text"]
+def test_a_stop_string_stays_in_the_text(exact: Server) -> None:
+    whole = exact.generate(COUNTING, max_new_tokens=16, ignore_eos=True)["generated_text"]
     assert "9" in whole
-    answer = demo.generate(COUNTING, max_new_tokens=16, ignore_eos=True, stop=["9", "never"], details=True)
+    answer = exact.generate(COUNTING, max_new_tokens=16, ignore_eos=True, stop=["9", "never"], details=True)
     assert answer["generated_text"] == whole[: whole.index("9") + 1]
     assert answer["details"]["finish_reason"] == "stop_sequence"
     assert answer["details"]["generated_tokens"] < 16
 
 
-def test_a_stop_string_may_spread_over_tokens(demo: Server) -> None:
-    whole = demo.generate(COUNTING, max_new_tokens=16, ignore_eos=True)["generated_text"]
-    answer = demo.generate(COUNTING, max_new_tokens=16, ignore_eos=True, stop=["8, 9"])
+def test_a_stop_string_may_spread_over_tokens(exact: Server) -> None:
+    whole = exact.generate(COUNTING, max_new_tokens=16, ignore_eos=True)["generated_text"]
+    answer = exact.generate(COUNTING, max_new_tokens=16, ignore_eos=True, stop=["8, 9"])
     assert answer["generated_text"] == whole[: whole.index("8, 9") + 4]
 
 
@@ -89,22 +93,22 @@ def test_a_stream_is_the_answer_in_pieces(exact: Server) -> None:
     assert last["details"]["input_length"] == int(reply.headers["x-prompt-tokens"])
 
 
-def test_a_stream_without_details_has_none(demo: Server) -> None:
-    events = demo.events("/generate_stream", {"inputs": COUNTING, "parameters": {"max_new_tokens": 3}})
+def test_a_stream_without_details_has_none(exact: Server) -> None:
+    events = exact.events("/generate_stream", {"inputs": COUNTING, "parameters": {"max_new_tokens": 3}})
     assert events[-1]["details"] is None
     assert events[-1]["generated_text"]
 
 
-def test_root_answers_a_list_with_the_full_text(demo: Server) -> None:
+def test_root_answers_a_list_with_the_full_text(exact: Server) -> None:
     body = {"inputs": COUNTING, "parameters": {"max_new_tokens": 4}}
-    generated = demo.post("/generate", body).json()["generated_text"]
-    assert demo.post("/", body).json() == [{"generated_text": COUNTING + generated}]
+    generated = exact.post("/generate", body).json()["generated_text"]
+    assert exact.post("/", body).json() == [{"generated_text": COUNTING + generated}]
     body["parameters"] = {"max_new_tokens": 4, "return_full_text": False}
-    assert demo.post("/", body).json() == [{"generated_text": generated}]
+    assert exact.post("/", body).json() == [{"generated_text": generated}]
 
 
-def test_root_streams_when_asked(demo: Server) -> None:
-    events = demo.events("/", {"inputs": COUNTING, "stream": True, "parameters": {"max_new_tokens": 4}})
+def test_root_streams_when_asked(exact: Server) -> None:
+    events = exact.events("/", {"inputs": COUNTING, "stream": True, "parameters": {"max_new_tokens": 4}})
     assert len(events) == 4
     assert events[-1]["generated_text"].startswith(COUNTING)
 
@@ -127,14 +131,14 @@ def test_a_sampled_answer_reports_its_seed(exact: Server) -> None:
     assert exact.generate(COUNTING, **parameters, seed=seed)["generated_text"] == first["generated_text"]
 
 
-def test_without_a_limit_the_answer_ends_by_itself(demo: Server) -> None:
-    answer = demo.post("/generate", {"inputs": FRANCE, "parameters": {"details": True}}).json()
+def test_without_a_limit_the_answer_ends_by_itself(exact: Server) -> None:
+    answer = exact.post("/generate", {"inputs": FRANCE, "parameters": {"details": True}}).json()
     assert answer["details"]["finish_reason"] == "eos_token"
 
 
-def test_unknown_parameters_are_ignored_and_named(demo: Server) -> None:
+def test_unknown_parameters_are_ignored_and_named(exact: Server) -> None:
     body = {"inputs": COUNTING, "parameters": {"max_new_tokens": 2, "no_such": 1, "top_k": None}}
-    reply = demo.post("/generate", body)
+    reply = exact.post("/generate", body)
     assert reply.status == 200
     assert "no_such" in reply.headers["x-ignored-parameters"]
     assert "top_k" not in reply.headers["x-ignored-parameters"]
@@ -151,7 +155,8 @@ def test_every_byte_comes_out_as_utf_8_says(tiny: Server) -> None:
         assert len(generated) > 100
         events = tiny.events("/generate_stream", {"inputs": inputs, "parameters": parameters})
         assert events[-1]["generated_text"] == generated.decode("utf-8", "replace")
-        pieces = [event["token"]["text"] for event in events if not event["token"]["special"]]
+        # A special token's own text is not part of the answer; what was held back before it is.
+        pieces = [event["token"]["text"].removesuffix(SPECIAL.get(event["token"]["id"], "")) for event in events]
         assert "".join(pieces) == events[-1]["generated_text"]
         assert [token["text"] for token in details["tokens"]] == [event["token"]["text"] for event in events]
 
@@ -165,6 +170,6 @@ def _byte_letters() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("text", ["Grüße aus Köln 🙂 日本語 ", "def f(x):\n\treturn x ** 2\n", "\x00\x07 control"])
-def test_any_text_is_served(demo: Server, text: str) -> None:
-    answer = demo.generate(text, max_new_tokens=4, return_full_text=True)
+def test_any_text_is_served(exact: Server, text: str) -> None:
+    answer = exact.generate(text, max_new_tokens=4, return_full_text=True)
     assert answer["generated_text"].startswith(text)
