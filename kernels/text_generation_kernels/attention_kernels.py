@@ -40,6 +40,7 @@ def attention_items_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     SPLIT_MASK: tl.constexpr,  # walk the tiles that every row sees without a mask
+    WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
 ):
     # Neighbouring programs take the heads of the same blocks, which lie side by side in memory.
     worker = tl.program_id(0) // NUM_KV_HEADS
@@ -78,7 +79,7 @@ def attention_items_kernel(
                     total, top, weight, q, keys_of_head, values_of_head, table, positions, dims, is_dim,
                     tl.multiple_of(start, BLOCK_SIZE if BLOCK_SIZE < 16 else 16), key_end,
                     scale, soft_cap, sliding_window,
-                    NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, KEYS, False, HAS_WINDOW, HAS_SOFT_CAP,
+                    NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, KEYS, False, HAS_WINDOW, HAS_SOFT_CAP, WIDEN,
                 )  # fmt: skip
         else:
             full_start = key_start
@@ -92,7 +93,7 @@ def attention_items_kernel(
                 total, top, weight, q, keys_of_head, values_of_head, table, positions, dims, is_dim,
                 tl.multiple_of(start, BLOCK_SIZE if BLOCK_SIZE < 16 else 16), key_end,
                 scale, soft_cap, sliding_window,
-                NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, KEYS, True, HAS_WINDOW, HAS_SOFT_CAP,
+                NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, KEYS, True, HAS_WINDOW, HAS_SOFT_CAP, WIDEN,
             )  # fmt: skip
 
         # A row may see none of a piece's keys: its weight is then 0 and its result is left out of the merge.
@@ -114,6 +115,7 @@ def _attend(
     scale, soft_cap, sliding_window,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: exponentials relative to each row's highest score so far, in powers of two."""
     positions_of_keys = start + tl.arange(0, KEYS)
@@ -132,7 +134,10 @@ def _attend(
         k = tl.load(keys_of_head + elements, mask=is_element, other=0.0)
     else:
         k = tl.load(keys_of_head + elements)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if WIDEN:
+        scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if HAS_SOFT_CAP:
         scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale / soft_cap * 2.0 * LOG2_E)) + 1.0))
         factor = LOG2_E
@@ -154,7 +159,11 @@ def _attend(
         v = tl.load(values_of_head + elements, mask=is_element, other=0.0)
     else:
         v = tl.load(values_of_head + elements)
-    total = tl.dot(exponentials.to(v.dtype), v, total, input_precision="ieee")
+    rounded = exponentials.to(v.dtype)
+    if WIDEN:
+        total = tl.dot(rounded.to(tl.float32), v.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(rounded, v, total, input_precision="ieee")
     return total, new_top, weight
 
 

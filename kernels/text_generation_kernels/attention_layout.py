@@ -1,6 +1,6 @@
 """Where each part of one step's attention work lies in a single int32 buffer of fixed size.
 
-The host fills such a buffer with `attention_work.plan_attention` and sends it to the device in one copy. A captured graph
+The host fills such a buffer with `attention_work.plan_attention` and sends it to the device in one copy. A graph
 always reads the same device buffer, so its grid and its addresses fit any step of up to `max_tokens` tokens.
 
 A unit is a few tokens of the step with the keys they attend to. A unit cut into pieces along its keys is several

@@ -33,7 +33,7 @@ def gated_activation(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     # Blocks are the first axis: a launch has room for 2**31 programs there, 65 535 on the second.
     num_blocks = triton.cdiv(width, settings["BLOCK"])
     if num_rows:
-        _gated_activation[(num_rows * num_blocks,)](
+        gated_activation_kernel[(num_rows * num_blocks,)](
             x, output, x.stride(0), num_blocks, WIDTH=width, ACTIVATION=activation, **settings
         )
     return output
@@ -51,7 +51,7 @@ def activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gated_activation(
+def gated_activation_kernel(
     x, output, x_stride, num_blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) // num_blocks).to(tl.int64)

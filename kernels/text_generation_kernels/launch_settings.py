@@ -5,11 +5,13 @@ candidates on the machine at hand and prints entries for this table.
 """
 
 import functools
-from collections.abc import Mapping
 
 import torch
 
-Settings = Mapping[str, int]
+Settings = dict[str, int]
+
+# Said outright, because Triton's default changes between versions; an entry of the table may say otherwise.
+FUSED_MULTIPLY_ADDS: Settings = {"enable_fp_fusion": True}
 
 # A GPU class is the first of which one word stands in the device's name.
 GPU_CLASSES = {
@@ -26,11 +28,66 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("rotary_kv_write", "default"): {"HEADS": 8, "num_warps": 2, "num_stages": 1},
     ("gated_activation", "default"): {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
     ("sampling_statistics", "default"): {"num_warps": 8, "num_stages": 1},
-    ("sampling_search", "default"): {"num_warps": 8, "num_stages": 1},
-    ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1},
+    # Fused multiply-adds off: every one of these kernels must find the very same weight for a token.
+    ("sampling_search", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
+    ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5},
     ("skinny_matmul_gated", "default"): {
         "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+    },
+    # CTAS_PER_SM says how many programs of the kernel fit on a multiprocessor, by registers and shared memory. d64,
+    # d128, d256: the head size, rounded up to a power of two. Loads go through block ids, so that of n stages n // 2
+    # hold keys and values in flight.
+    ("attention_narrow/d64", "default"): {
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d128", "default"): {
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d256", "default"): {
+        "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d64", "a100"): {
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d128", "a100"): {
+        "KEYS": 32, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d256", "a100"): {
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d64", "h100"): {
+        "KEYS": 64, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d128", "h100"): {
+        "KEYS": 32, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d256", "h100"): {
+        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d64", "h200"): {
+        "KEYS": 64, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d128", "h200"): {
+        "KEYS": 32, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/d256", "h200"): {
+        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+    },
+    ("attention_narrow/float32", "default"): {
+        "KEYS": 16, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 4, "num_stages": 3,
+    },
+    ("attention_wide/d64", "default"): {
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
+    },
+    ("attention_wide/d128", "default"): {
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+    },
+    ("attention_wide/d256", "default"): {
+        "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,
+    },
+    ("attention_wide/float32", "default"): {
+        "ROWS": 32, "KEYS": 16, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,
     },
 }  # fmt: skip
 
@@ -51,5 +108,5 @@ def launch_settings(operation: str, device: torch.device, shape: str = "") -> Se
     names = [f"{operation}/{shape}", operation] if shape else [operation]
     for key in [(name, of) for name in names for of in (kind, "default")]:
         if key in SETTINGS:
-            return SETTINGS[key]
+            return FUSED_MULTIPLY_ADDS | SETTINGS[key]
     raise KeyError(f"no launch settings for {operation}")

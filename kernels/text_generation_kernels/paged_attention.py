@@ -12,7 +12,7 @@ import triton
 from text_generation_kernels import reference
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import runs_kernel
+from text_generation_kernels.dispatch import INTERPRETS, runs_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Partial results that one program of the merge reads at a time.
@@ -114,6 +114,7 @@ def _launch_items(
         HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
         HAS_WINDOW=sliding_window > 0, HAS_SOFT_CAP=soft_cap > 0, SPLIT_MASK=name == "wide",
+        WIDEN=INTERPRETS,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -55,15 +55,15 @@ def _launch(
     block = triton.next_power_of_2(hidden)
     settings = launch_settings("rms_norm", x.device, "few_rows" if num_rows <= 256 else "")
     # A warp takes at least one 16-byte load of 2-byte values for each of its lanes.
-    num_warps = max(1, min(settings["num_warps"], block // 256))
-    _rms_norm[(num_rows,)](
+    settings = settings | {"num_warps": max(1, min(settings["num_warps"], block // 256))}
+    rms_norm_kernel[(num_rows,)](
         x, residual, weight, normed, total, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        HIDDEN=hidden, BLOCK=block, num_warps=num_warps, num_stages=settings["num_stages"],
+        HIDDEN=hidden, BLOCK=block, **settings,
     )  # fmt: skip
 
 
 @triton.jit
-def _rms_norm(
+def rms_norm_kernel(
     x, residual, weight, normed, total, x_stride, residual_stride, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

@@ -48,7 +48,7 @@ def rotary_kv_write(
     settings = launch_settings("rotary_kv_write", qkv.device)
     num_programs = triton.cdiv(num_heads, settings["HEADS"]) + 2 * triton.cdiv(num_kv_heads, settings["HEADS"])
     if num_tokens:
-        _rotary_kv_write[(num_tokens, num_programs)](
+        rotary_kv_write_kernel[(num_tokens, num_programs)](
             qkv, positions, cos_sin_cache, key_cache, value_cache, slot_mapping, query, query_norm, key_norm,
             qkv.stride(0), eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
             ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, **settings,
@@ -57,7 +57,7 @@ def rotary_kv_write(
 
 
 @triton.jit
-def _rotary_kv_write(
+def rotary_kv_write_kernel(
     qkv, positions, cos_sin_cache, key_cache, value_cache, slot_mapping, query, query_norm, key_norm,
     qkv_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from text_generation_kernels import attention_layout as columns
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
 from text_generation_kernels.attention_work import plan_attention

@@ -1,0 +1,67 @@
+"""The attention kernels' tiles and numbers of workers for a model's heads on a device, from the launch table."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.dispatch import num_multiprocessors
+from text_generation_kernels.launch_settings import Settings, launch_settings
+
+# A row of the matrix unit's smallest tile; fewer rows than this cost the same.
+SMALLEST_TILE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one rank's attention looks like."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def settings_name(self) -> str:
+        """This shape's word in the launch table."""
+        return "float32" if self.dtype == torch.float32 else f"d{max(64, triton.next_power_of_2(self.head_dim))}"
+
+
+def attention_layout(
+    shape: AttentionShape, device: torch.device, max_tokens: int, max_sequences: int, has_prompts: bool
+) -> AttentionLayout:
+    """The layout for steps of up to so many tokens. Without prompts the wide kernel is left out.
+
+    A graph of decoding sequences saves that launch; one for sequences that share prefixes is best made with it.
+    """
+    smallest = max(SMALLEST_TILE_ROWS, triton.next_power_of_2(shape.group_size))
+    narrow = launch_settings("attention_narrow", device, shape.settings_name)
+    wide = launch_settings("attention_wide", device, shape.settings_name)
+    return AttentionLayout(
+        group_size=shape.group_size,
+        block_size=shape.block_size,
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        narrow=make_tile(narrow, smallest, shape.num_kv_heads, device),
+        wide=make_tile(wide, max(wide["ROWS"], smallest), shape.num_kv_heads, device) if has_prompts else None,
+    )
+
+
+def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.device) -> Tile:
+    """As many workers as fit on the device at once: their shares are equal, so a second wave would double the time."""
+    programs = num_multiprocessors(device) * settings["CTAS_PER_SM"]
+    return Tile(
+        rows=rows,
+        keys=settings["KEYS"],
+        num_workers=max(1, programs // num_kv_heads),
+        min_key_tiles=settings["MIN_KEY_TILES"],
+        num_warps=settings["num_warps"],
+        num_stages=settings["num_stages"],
+    )
