@@ -67,9 +67,22 @@ async def serve(config: RouterConfig) -> None:
         # What stands now stays; collections need not look at it again.
         gc.collect()
         gc.freeze()
-        await stop.wait()
+        is_failed = await _ends_by_failure(engine, stop)
         await server.stop()
         await engine.stop()
+        if is_failed:
+            raise ShardFailure("the engine cannot go on without its shards")
+
+
+async def _ends_by_failure(engine: Engine, stop: StopSignal) -> bool:
+    """Wait until the end is asked for (False) or the engine has failed (True)."""
+    stopping = asyncio.create_task(stop.wait())
+    failing = asyncio.create_task(engine.failed.wait())
+    await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+    is_failed = not stopping.done()
+    stopping.cancel()
+    failing.cancel()
+    return is_failed
 
 
 async def _start_unless_stopped(

@@ -31,7 +31,7 @@ class Detokenizer:
             self._stepwise = _StepwiseDecoder(vocabulary, prompt_token_ids)
             return
         tail = _last_bytes(vocabulary, prompt_token_ids)
-        self._held = tail[utf_8_decode(tail, "replace", False)[1] :]
+        _, self._held = _settle(tail)
         self._holds_prompt_only = bool(self._held)
         self._strips_space = vocabulary.strips_first_space and not tail
 
@@ -60,8 +60,7 @@ class Detokenizer:
             # The prompt's unfinished character stays unfinished: that is the prompt's U+FFFD, not this text's.
             data = new
         self._holds_prompt_only = False
-        text, num_bytes = utf_8_decode(data, "replace", False)
-        self._held = data[num_bytes:]
+        text, self._held = _settle(data)
         if self._strips_space:
             self._strips_space = False
             text = text.removeprefix(" ")
@@ -78,13 +77,20 @@ def _last_bytes(vocabulary: Vocabulary, token_ids: list[int]) -> bytes:
     return tail[1 - _MAX_CHARACTER_BYTES :]
 
 
+def _settle(data: bytes) -> tuple[str, bytes]:
+    """The text that `data` is for certain, and the unfinished character at its end."""
+    text, num_bytes = utf_8_decode(data, "replace", False)
+    held = data[num_bytes:]
+    if held[:1] == b"\xed" and held[1:2] >= b"\xa0":
+        # Half of a surrogate: Python waits for its last byte although no character begins so.
+        return text + held.decode("utf-8", "replace"), b""
+    return text, held
+
+
 def _continues(start: bytes, byte: bytes) -> bool:
     """Whether `byte` may follow the unfinished character `start`."""
-    try:
-        utf_8_decode(start + byte, "strict", False)
-    except UnicodeDecodeError:
-        return False
-    return True
+    text, held = _settle(start + byte)
+    return text.encode() + held == start + byte
 
 
 class _StepwiseDecoder:

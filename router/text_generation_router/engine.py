@@ -11,7 +11,14 @@ from collections import deque
 
 from text_generation_router.block_manager import BlockManager
 from text_generation_router.config import RouterConfig
-from text_generation_router.errors import GenerationError, IncompleteGeneration, RouterError, ShuttingDown, Unhealthy
+from text_generation_router.errors import (
+    GenerationError,
+    IncompleteGeneration,
+    InternalError,
+    RouterError,
+    ShuttingDown,
+    Unhealthy,
+)
 from text_generation_router.limits import Limits, derive_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
@@ -55,6 +62,7 @@ class Engine:
         self._wakeup = asyncio.Event()
         self._failure: ShardFailure | None = None
         self._is_draining = False
+        self.failed = asyncio.Event()  # the shards are lost, or the loop is: nothing can be served any more
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._loop_task: asyncio.Task[None] | None = None
@@ -63,14 +71,18 @@ class Engine:
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
         """Queue a request. Raises ShuttingDown while draining and Unhealthy when a shard is gone."""
-        if self._is_draining:
-            raise ShuttingDown
         if self._failure is not None:
             raise Unhealthy
+        if self._is_draining:
+            raise ShuttingDown
         sequence = self._scheduler.add(request)
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(sequence.num_prompt_tokens, sequence.sequence_id, timings)
-        self._outputs[sequence.sequence_id] = SequenceOutput(sequence, stream, self._tokenizer)
+        try:
+            self._outputs[sequence.sequence_id] = SequenceOutput(sequence, stream, self._tokenizer)
+        except Exception:
+            self._scheduler.finish(sequence)
+            raise
         self._is_idle.clear()
         self._wakeup.set()
         return stream
@@ -141,15 +153,22 @@ class Engine:
                 while self._results:
                     sent = self._in_flight.popleft()
                     result = self._results.popleft()
+                    result_ns = time.monotonic_ns()
                     progress = self._scheduler.update(result)
-                    await self._fill_pipeline()
-                    self._publish(sent, result, progress)
+                    try:
+                        await self._fill_pipeline()
+                    finally:
+                        self._publish(sent, result, progress, result_ns)
         except ShardFailure as failure:
             self._on_failure(failure)
         except Exception as error:
             logger.exception("the engine's loop failed")
             self._on_failure(ShardFailure(f"the engine's loop failed: {error!r}"))
-        self._fail_all(GenerationError("a shard failed"))
+        finally:
+            self._is_draining = True
+            self._report.abandoned(self._in_flight)
+            self._fail_all(GenerationError("a shard failed"))
+            self.failed.set()
 
     async def _wait_for_work(self) -> None:
         """Sleep until a request, a result or a failure comes; an idle engine sends a probe now and then."""
@@ -158,7 +177,9 @@ class Engine:
                 async with asyncio.timeout(PROBE_INTERVAL_S):
                     await self._wakeup.wait()
             except TimeoutError:
-                if not self._in_flight:
+                if (rank := self._progress.overdue_rank()) is not None:
+                    self._on_failure(ShardFailure(f"shard {rank}: a step ran past its deadline"))
+                elif not self._in_flight:
                     await self._send(self._scheduler.probe())
         self._wakeup.clear()
 
@@ -175,7 +196,7 @@ class Engine:
         await self._shards.send(plan)
         self._report.sent(plan)
 
-    def _publish(self, sent: PlanInFlight, result: StepResult, progress: list[Progress]) -> None:
+    def _publish(self, sent: PlanInFlight, result: StepResult, progress: list[Progress], result_ns: int) -> None:
         """Turn a step's tokens into text, hand it to the readers, end what has ended, and count."""
         started_ns = time.monotonic_ns()
         touched = []
@@ -183,20 +204,28 @@ class Engine:
             output = self._outputs.get(change.sequence.sequence_id)
             if output is None:
                 continue  # its client left while the next plan was being sent
-            if change.failure is None:
+            if change.failure is not None:
+                self._fail(output, GenerationError(change.failure))
+                continue
+            try:
                 output.push(change.token_id, change.logprob, change.finish_reason)
                 touched.append(output)
-            else:
-                del self._outputs[change.sequence.sequence_id]
-                output.stream.fail(GenerationError(change.failure))
+            except Exception:
+                logger.exception("The text of one sequence failed")
+                self._fail(output, InternalError())
         texts_done_ns = time.monotonic_ns()
         for output in touched:
             output.publish()
             if output.finish_reason is not None:
                 self._scheduler.finish(output.sequence)
                 del self._outputs[output.sequence.sequence_id]
-        self._report.ended(sent, result, started_ns, texts_done_ns)
+        self._report.ended(sent, result, result_ns, started_ns, texts_done_ns)
         self._note_idle()
+
+    def _fail(self, output: SequenceOutput, error: RouterError) -> None:
+        del self._outputs[output.sequence.sequence_id]
+        self._scheduler.finish(output.sequence)
+        output.stream.fail(error)
 
     def _note_idle(self) -> None:
         if not self._outputs:
@@ -205,9 +234,11 @@ class Engine:
     def _fail_all(self, error: RouterError) -> None:
         outputs, self._outputs = self._outputs, {}
         for output in outputs.values():
-            self._scheduler.finish(output.sequence)
             output.stream.fail(error)
         self._note_idle()
+        if self._failure is None:
+            for output in outputs.values():
+                self._scheduler.finish(output.sequence)
         self._wakeup.set()
 
 

@@ -34,7 +34,9 @@ class SequenceOutput:
                 text, self._tokenizer.token_text(token_id) if is_special else ""
             )
             if has_stopped:
-                reason = reason or FinishReason.STOP_SEQUENCE
+                # Where stop strings are cut off, one that the last allowed token completes is why the text ends.
+                if reason is None or not self.sequence.request.keep_stop_string:
+                    reason = FinishReason.STOP_SEQUENCE
             elif is_last:
                 text += self._stop_strings.flush()
         self._outputs.append(TokenOutput(token_id, logprob, text, is_special))

@@ -1,6 +1,7 @@
 """Sends each plan to every rank and takes rank 0's results: the router's end of the Run stream."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from text_generation_proto.columns import pack_int32, unpack_float32, unpack_int
 from text_generation_proto.shard_pb2_grpc import ShardStub
 
 from text_generation_router.step import NewSequence, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
 
 _RUN_METHOD = "/text_generation.shard.v1.Shard/Run"
 CONNECT_TIMEOUT_S = 10.0
@@ -154,6 +157,9 @@ class ShardClient:
             reason = "the stream ended"
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
+        except Exception as error:
+            logger.exception("a result of shard %d cannot be read", rank)
+            reason = repr(error)
         on_failure(ShardFailure(f"shard {rank}: {reason}"))
 
     async def send(self, plan: StepPlan) -> None:

@@ -1,6 +1,7 @@
 """Tells the metrics what each step did: queue, batch, blocks, prefix cache and durations."""
 
 import time
+from collections.abc import Iterable
 
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduler import Scheduler
@@ -16,6 +17,7 @@ class StepReport:
         self._num_preemptions = 0
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
+        self._last_result_ns = 0
         metrics.on_scrape(self._report_state)
 
     @staticmethod
@@ -41,17 +43,29 @@ class StepReport:
             metrics.preempted(scheduler.num_preemptions - self._num_preemptions)
             self._num_preemptions = scheduler.num_preemptions
 
-    def ended(self, sent: PlanInFlight, result: StepResult, result_ns: int, texts_done_ns: int) -> None:
-        """A result has been taken in (at `result_ns`) and its tokens handed to their readers."""
+    def ended(
+        self, sent: PlanInFlight, result: StepResult, result_ns: int, texts_started_ns: int, texts_done_ns: int
+    ) -> None:
+        """A result has come (at `result_ns`) and its tokens were handed to their readers.
+
+        A plan that waited behind another one counts from that one's result.
+        """
         now_ns = time.monotonic_ns()
         if not sent.plan.is_empty:
             self._metrics.step_ended(
                 self._method(sent.plan),
-                inference_s=(result_ns - sent.sent_ns) / 1e9,
+                inference_s=(result_ns - max(sent.sent_ns, self._last_result_ns)) / 1e9,
                 forward_s=result.forward_ns / 1e9,
-                decode_s=(texts_done_ns - result_ns) / 1e9,
+                decode_s=(texts_done_ns - texts_started_ns) / 1e9,
                 filter_s=(now_ns - texts_done_ns) / 1e9,
             )
+        self._last_result_ns = result_ns
+
+    def abandoned(self, in_flight: Iterable[PlanInFlight]) -> None:
+        """No result will come for these plans."""
+        for sent in in_flight:
+            if not sent.plan.is_empty:
+                self._metrics.step_failed(self._method(sent.plan))
 
     def _report_state(self) -> None:
         scheduler = self._scheduler
