@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.tokenizer import Tokenizer
@@ -88,6 +88,9 @@ def test_every_byte_a_token_and_every_prompt_length(text, num_bytes):
 
 
 @given(st.lists(st.binary(min_size=1, max_size=5), max_size=8))
+@example([b"\xed\xa0"])
+@example([b"\xed", b"\xbf", b"\x80"])
+@example([b"\xf4", b"\x90\x80\x80"])
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_decode_as_in_one_go_and_as_soon_as_they_are_settled(chunks):
     vocabulary, ids = byte_level(chunks)
@@ -107,6 +110,8 @@ UNFINISHED_PROMPTS = [
     (b"\xef\xbf", [b"\xbd"], ["\ufffd", ""]),  # a real U+FFFD
     (b"\xe4", [b"\xe4", b"\xbd\xa0"], ["", "\u4f60", ""]),
     (b"\x80\x80\x80", [b"\x80"], ["\ufffd", ""]),
+    (b"\xed", [b"\xa0"], ["\ufffd", ""]),
+    (b"\xed\xa0", [b"\x80"], ["\ufffd", ""]),
     (b"\xe4\xbd", [], [""]),
 ]
 
