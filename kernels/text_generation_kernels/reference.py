@@ -59,6 +59,10 @@ def write_kv(
     value_cache[blocks, :, offsets] = value[rows].to(value_cache.dtype)
 
 
+# Up to here sequences of different lengths are decoded in one product, padded to the longest.
+_SHORT_LENGTH = 256
+
+
 def paged_attention(
     query: torch.Tensor,  # [T, H, D]
     key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
@@ -73,7 +77,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of each sequence's newest tokens over its blocks; the last query is its last token."""
     if max_query_length == 1:
-        return _decode(
+        return _decode_by_length(
             query, key_cache, value_cache, block_tables, sequence_lengths, max_sequence_length, scale, sliding_window
         )
     starts, lengths = query_starts.tolist(), sequence_lengths.tolist()
@@ -83,7 +87,7 @@ def paged_attention(
         rows = torch.tensor(decode_rows, device=query.device)
         tokens = query_starts[rows].long()
         longest = max(lengths[row] for row in decode_rows)
-        output[tokens] = _decode(
+        output[tokens] = _decode_by_length(
             query[tokens], key_cache, value_cache, block_tables[rows], sequence_lengths[rows], longest, scale,
             sliding_window,
         )  # fmt: skip
@@ -103,6 +107,32 @@ def _gather(cache: torch.Tensor, block_tables: torch.Tensor, length: int) -> tor
     blocks = block_tables[:, :num_blocks].reshape(-1).long()
     taken = cache.transpose(0, 1)[:, blocks]
     return taken.view(num_kv_heads, block_tables.shape[0], num_blocks * block_size, head_dim)[:, :, :length]
+
+
+def _decode_by_length(
+    query: torch.Tensor,  # [B, H, D]
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    sequence_lengths: torch.Tensor,
+    max_sequence_length: int,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Rows whose lengths are of one power of two are gathered together, so one long sequence costs only itself."""
+    if query.is_cuda or max_sequence_length <= _SHORT_LENGTH:
+        return _decode(
+            query, key_cache, value_cache, block_tables, sequence_lengths, max_sequence_length, scale, sliding_window
+        )
+    classes = torch.frexp(sequence_lengths.clamp(min=_SHORT_LENGTH).float() - 0.5).exponent
+    output = torch.empty_like(query)
+    for length_class in classes.unique().tolist():
+        rows = (classes == length_class).nonzero().squeeze(1)
+        lengths = sequence_lengths[rows]
+        tables = block_tables[rows]
+        longest = int(lengths.max())
+        output[rows] = _decode(query[rows], key_cache, value_cache, tables, lengths, longest, scale, sliding_window)
+    return output
 
 
 def _decode(

@@ -5,6 +5,7 @@ to: at end of file the launcher is gone. The children notice the same by their o
 what is left after GRACE_S, a process stuck in native code or a descendant of one, is killed here.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -21,12 +22,15 @@ def main() -> None:
     while os.read(0, 4096):
         pass
     time.sleep(GRACE_S)
-    for path in sys.argv[1:]:
-        if os.path.isdir(path):
-            shutil.rmtree(path, ignore_errors=True)
-        elif os.path.lexists(path):
-            os.unlink(path)
-    os.killpg(0, signal.SIGKILL)
+    try:
+        for path in sys.argv[1:]:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+    finally:
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

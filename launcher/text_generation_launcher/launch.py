@@ -185,7 +185,8 @@ class Launch:
         grace_s = self._config.graceful_termination_timeout + _ROUTER_KILL_GRACE_S
         if self._router is not None:
             supervisor.stop([self._router], grace_s)
-        supervisor.stop(supervisor.children, grace_s)
+        # Shards hold no request any more: a rank stuck in native code must not hold up the end.
+        supervisor.stop(supervisor.children, min(grace_s, KILL_GRACE_S))
 
     def _hub_environment(self) -> dict[str, str]:
         """The environment with the Hub's token under its present name and the cache folder of the flag."""

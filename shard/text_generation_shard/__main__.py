@@ -29,6 +29,8 @@ REFUSED_OPTIONS = {
     "speculate": "speculation is not supported",
     "kv_cache_dtype": "KV memory has the model's own type",
     "otlp_endpoint": "the router alone sends traces",
+    "otlp_service_name": "the router alone sends traces",
+    "max_input_tokens": "the router checks the limits of requests",
 }
 
 
@@ -61,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument("model_id")
     download.add_argument("--revision")
     download.add_argument("--extension", default=".safetensors", choices=(".safetensors",))
+    download.add_argument(
+        "--auto-convert", action="store_true", help="Without effect: other weights than safetensors are refused."
+    )
 
     quantize = commands.add_parser("quantize", help="Not supported.")
     quantize.add_argument("arguments", nargs="*")
@@ -80,8 +85,13 @@ def config_from_options(options: argparse.Namespace) -> ShardConfig:
             raise RefusedOption(f"--{name.replace('_', '-')}: {reason}")
     if options.trust_remote_code:
         raise RefusedOption("--trust-remote-code: code that comes with a checkpoint is never run")
+    group = _group_of_environment() if options.sharded else {}
     run_folder = Path(tempfile.mkdtemp(prefix="text-generation-"))
-    model = resolve_model(options.model_id, options.revision, run_folder, HubSettings.from_environment())
+    try:
+        model = resolve_model(options.model_id, options.revision, run_folder, HubSettings.from_environment())
+    except BaseException:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        raise
     config = ShardConfig(
         dtype=options.dtype,
         model_folder=model.model_folder,
@@ -91,7 +101,7 @@ def config_from_options(options: argparse.Namespace) -> ShardConfig:
         json_output=options.json_output,
         log_level=options.logger_level,
     )
-    return dataclasses.replace(config, **_group_of_environment()) if options.sharded else config
+    return dataclasses.replace(config, **group)
 
 
 def _group_of_environment() -> dict[str, Any]:

@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # Subfolders and the original files of some repositories hold the same weights once more.
 IGNORED = ["*/*", "consolidated*", "adapter_*"]
+# Statuses of a Hub that cannot answer now; what the cache holds is used then.
+_TRY_LATER = {408, 429, *range(500, 600)}
 _TRUE = ("1", "on", "true", "yes")
 
 
@@ -69,7 +71,7 @@ def _check_on_hub(model_id: str, revision: str | None, settings: HubSettings) ->
     except RevisionNotFoundError as error:
         raise HubError(f"{model_id} has no revision {revision!r}") from error
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code < 500:
+        if error.response is not None and error.response.status_code not in _TRY_LATER:
             raise HubError(f"the Hugging Face Hub refused {model_id}: {error}") from error
         return False
     except (TransportError, OSError):

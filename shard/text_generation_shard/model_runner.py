@@ -82,6 +82,7 @@ class ModelRunner:
         started = time.perf_counter_ns()
         run_worst_case(self.forward, limits, self.layout, self._device, self.info.max_position_embeddings)
         worst_case_ns = time.perf_counter_ns() - started
+        self._progress.note_worst_case(worst_case_ns)
         num_blocks = num_kv_blocks(limits, self.layout, self._budget, self._device)
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
         longest = limits.max_sequence_length or self.info.max_position_embeddings

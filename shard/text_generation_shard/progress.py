@@ -31,11 +31,17 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._longest_ns: dict[tuple[int, int], int] = {}
+        self.worst_case_ns = 0  # as warm-up found it
 
     def allowance_ns(self, size_class: tuple[int, int]) -> int:
-        """How long a step may take: 2 s + 4 x the prediction, and 30 s more for the first of its class."""
+        """How long a step may take: 2 s + 4 x the prediction.
+
+        The first of its class is predicted by warm-up's worst case, and has 30 s more.
+        """
         longest_ns = self._longest_ns.get(size_class)
-        return GRACE_NS + (FIRST_USE_NS if longest_ns is None else 4 * longest_ns)
+        if longest_ns is None:
+            return GRACE_NS + FIRST_USE_NS + 4 * self.worst_case_ns
+        return GRACE_NS + 4 * longest_ns
 
     def record(self, size_class: tuple[int, int], duration_ns: int) -> None:
         """Note how long a step took."""
@@ -59,6 +65,10 @@ class ProgressFile:
         finally:
             os.close(descriptor)
         self._words = memoryview(self._map).cast("Q")
+
+    def note_worst_case(self, duration_ns: int) -> None:
+        """How long warm-up's largest steps took: what a step of an unknown class may take."""
+        self._times.worst_case_ns = duration_ns
 
     def start(self, step: int, num_tokens: int, num_attended_tokens: int) -> None:
         """A step starts that computes `num_tokens` and reads the keys and values of `num_attended_tokens`."""

@@ -85,8 +85,9 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
         loop.run()
     finally:
         server.stop()
-        distributed.leave_group()
-        progress.close()
+    # Not after an error: leaving can wait for a collective that will never end.
+    distributed.leave_group()
+    progress.close()
 
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from text_generation_shard.model_runner import ModelRunner
@@ -20,6 +20,14 @@ T = TypeVar("T")
 
 # One plan runs while the next one waits; a further one is not read from the socket yet.
 MAX_PLANS_IN_FLIGHT = 2
+
+# A signal that arrives in the instant before the queue's wait begins does not end that wait: Python runs its handler
+# once the wait is over.
+SIGNAL_POLL_S = 0.2
+
+
+def _do_nothing() -> None:
+    """The task of a loop that only wants to look around."""
 
 
 class FatalError(Exception):
@@ -69,17 +77,24 @@ class StepLoop:
         """Run tasks until `stop`; what a task raises is fatal and comes out of here."""
         try:
             while not self._is_stopping:
-                self._tasks.get()()
+                self._next_task()()
         except BaseException as error:
             self.runner.report_failure()
             self._end_stream(FatalError(f"the shard failed: {error}"))
             raise
         self._end_stream(FatalError("the shard is shutting down"))
 
+    def _next_task(self) -> Callable[[], None]:
+        """The next task, or one that does nothing after a while."""
+        try:
+            return self._tasks.get(timeout=SIGNAL_POLL_S)
+        except Empty:
+            return _do_nothing
+
     def stop(self) -> None:
         """End `run` after the task it is in. Safe in a signal handler."""
         self._is_stopping = True
-        self._tasks.put(lambda: None)
+        self._tasks.put(_do_nothing)
 
     def call(self, function: Callable[[], T], expected_error: type[Exception]) -> T:
         """Run a function in the loop and wait; `expected_error` is handed to the caller and nothing else is."""
