@@ -30,6 +30,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("sampling_statistics", "default"): {"num_warps": 8, "num_stages": 1},
     # Fused multiply-adds off: every one of these kernels must find the very same weight for a token.
     ("sampling_search", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
+    ("sampling_settle", "default"): {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5},
     ("skinny_matmul_gated", "default"): {
@@ -81,6 +82,15 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "default"): {
+        "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,
+    },
+    ("attention_wide/d128", "h100"): {
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+    },
+    ("attention_wide/d128", "h200"): {
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+    },
+    ("attention_wide/d128", "a100"): {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
     },
     ("attention_wide/d256", "default"): {

@@ -128,7 +128,7 @@ def _find_kept_tokens(logits: torch.Tensor, parameters: SamplingParameters, work
             )  # fmt: skip
     settle_kernel[(logits.shape[0],)](
         *shared[:4], parameters.min_p, parameters.typical_p, work.tile_max, *work.searched, work.limits, work.typical,
-        stride, vocab_size, LOW_BITS=work.low_bits, **work.tiling, **settings,
+        stride, vocab_size, LOW_BITS=work.low_bits, **work.tiling, **launch_settings("sampling_settle", logits.device),
     )  # fmt: skip
     kept_mass_kernel[work.grid](
         logits, parameters.temperatures, parameters.min_p, work.tile_max, work.limits, work.typical, work.tile_mass,
