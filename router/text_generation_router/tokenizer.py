@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -38,6 +40,10 @@ class Tokenizer:
         self.vocabulary: Vocabulary = build_vocabulary(self._backend, decoder, size if isinstance(size, int) else 0)
         self.bos_token_id = _bos_token_id(files, self._backend)
         self.eos_token_ids = frozenset(_eos_token_ids(files, self.vocabulary, self._backend))
+        # Splits text where a special token's own text must stay text; no client can guess it.
+        self._plain_mark = f"\ufdd0{secrets.token_hex(8)}\ufdd0"
+        special = sorted(self.vocabulary.special_texts.values(), key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, special))) if special else None
         # None: tokenizer.json alone decides; else tokenizer_config.json does.
         self._adds_bos: bool | None = files.tokenizer_config.get("add_bos_token")
 
@@ -49,8 +55,28 @@ class Tokenizer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(self.encode_now, text, add_special_tokens))
 
+    def as_plain_text(self, value: Any) -> Any:
+        """`value`, a string or JSON of strings, such that no special token in it is encoded as one.
+
+        For what clients put into a chat template: only the template itself may write control tokens.
+        """
+        if isinstance(value, str):
+            if self._special_pattern is None:
+                return value
+            return self._special_pattern.sub(lambda match: match[0][:1] + self._plain_mark + match[0][1:], value)
+        if isinstance(value, dict):
+            return {key: self.as_plain_text(item) for key, item in value.items()}
+        return [self.as_plain_text(item) for item in value] if isinstance(value, list) else value
+
     def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` in the calling thread."""
+        first, *others = text.split(self._plain_mark)
+        ids = self._encode_piece(first, add_special_tokens)
+        for other in others:
+            ids += self._encode_piece(other, add_special_tokens=False)
+        return ids
+
+    def _encode_piece(self, text: str, add_special_tokens: bool) -> list[int]:
         uses_processor = add_special_tokens and self._adds_bos is None
         try:
             # A batch of one lets other threads run meanwhile; `encode` does not.

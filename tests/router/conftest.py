@@ -35,6 +35,9 @@ class FakeTokenizer:
         await asyncio.sleep(0)
         return [BOS_TOKEN_ID] * add_special_tokens + list(text.encode())
 
+    def as_plain_text(self, value):
+        return value
+
     def token_text(self, token_id: int) -> str:
         return "<|end|>" if token_id == END_TOKEN_ID else chr(token_id)
 

@@ -43,7 +43,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         record.admit()
         context = record.context
         context.validator.check_options(call.options)
-        prompt = await context.chat_template.render(call.messages)
+        prompt = await context.chat_template.render(context.tokenizer.as_plain_text(call.messages))
         # The template writes the special tokens itself.
         valid = await context.validator.validate(prompt, call.options, add_special_tokens=False)
         generation = record.submit(valid)

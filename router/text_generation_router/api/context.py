@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -42,6 +42,9 @@ class Tokenizer(PromptEncoder, Protocol):
 
     def token_text(self, token_id: int) -> str:
         """A token's own text, special tokens included."""
+
+    def as_plain_text(self, value: Any) -> Any:
+        """What a client wrote, such that no special token in it is encoded as one."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes, which need not be whole characters."""
