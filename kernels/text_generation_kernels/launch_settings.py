@@ -113,8 +113,12 @@ def gpu_class(device: torch.device) -> str:
 
 @functools.cache
 def launch_settings(operation: str, device: torch.device, shape: str = "") -> Settings:
-    """The table's entry for this operation, the closest there is."""
-    kind = gpu_class(device)
+    """The table's entry for this operation on this device, the closest there is."""
+    return settings_of_class(operation, gpu_class(device), shape)
+
+
+def settings_of_class(operation: str, kind: str, shape: str = "") -> Settings:
+    """The table's entry for this operation on a class of GPUs: its shape's before its own, the class's first."""
     names = [f"{operation}/{shape}", operation] if shape else [operation]
     for key in [(name, of) for name in names for of in (kind, "default")]:
         if key in SETTINGS:

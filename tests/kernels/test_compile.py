@@ -2,113 +2,188 @@
 
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import triton
-from text_generation_kernels import gated_activation, rms_norm, rotary_kv_write, sampling_kernels, sampling_search
+from text_generation_kernels import (
+    attention_kernels,
+    gated_activation,
+    rms_norm,
+    rotary_kv_write,
+    sampling_kernels,
+    sampling_search,
+    skinny_matmul,
+)
+from text_generation_kernels.launch_settings import Settings, settings_of_class
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Compute capability -> shared memory a program may have, in bytes.
 SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+GPU_CLASSES = {80: "a100", 89: "ada", 90: "h100"}
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
     """A kernel, the types of its arguments as a launch would give them, and what its machine code must show."""
 
-    name: str
     kernel: triton.JITFunction
+    settings: tuple[str, str] | Settings  # operation and shape in the table of launch settings, or the launch's own
     types: dict[str, str]  # argument -> pointer or number; the others are constants
     constants: dict[str, object]
-    options: dict[str, object]
     unaligned: tuple[str, ...] = ()  # whole numbers that no launch promises to be multiples of 16
     has_wide_loads: bool = True  # 16 bytes for each thread
     has_wgmma: bool = False  # on Hopper
-    capabilities: tuple[int, ...] = field(default=tuple(SHARED_LIMITS))
+    name: str = ""  # where one kernel has several rows
+    is_slow: bool = False  # left to the slow tests on every GPU
+
+    def options_and_constants(self, capability: int) -> tuple[dict[str, object], dict[str, object]]:
+        """The table's entry, parted into options of the compiler and constants of the kernel."""
+        entry = self.settings
+        if isinstance(entry, tuple):
+            entry = settings_of_class(entry[0], GPU_CLASSES[capability], entry[1])
+        names = self.kernel.arg_names
+        constants = {name: value for name, value in entry.items() if name in names}
+        options = {name: value for name, value in entry.items() if name.islower()}
+        return options, self.constants | constants
 
 
-def row_cases(kind: str) -> list[CompiledKernel]:
+def row_cases(data: str) -> list[CompiledKernel]:
     """The kernels that work on rows of hidden states, at Llama-3.1-8B's sizes."""
-    data, one = f"*{kind}", {"num_warps": 8, "num_stages": 1}
-    norm = {"x": data, "residual": data, "weight": data, "normed": data, "total": data, "x_stride": "i32"}
-    norm |= {"residual_stride": "i32", "eps": "fp32"}
+    norm = dict.fromkeys(("x", "residual", "weight", "normed", "total"), data)
+    norm |= {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
     gate = {"x": data, "output": data, "x_stride": "i32", "num_blocks": "i32"}
-    rotary = {"qkv": data, "positions": "*i64", "cos_sin_cache": "*fp32", "key_cache": data, "value_cache": data}
-    rotary |= {"slot_mapping": "*i64", "query": data, "qkv_stride": "i32", "eps": "fp32"}
-    sizes = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8}
-    norms = {"query_norm": data, "key_norm": data}
+    rotary = dict.fromkeys(("qkv", "key_cache", "value_cache", "query"), data)
+    rotary |= {"positions": "*i64", "cos_sin_cache": "*fp32", "slot_mapping": "*i64", "qkv_stride": "i32"}
+    rotary |= {"eps": "fp32"}
+    sizes = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK_SIZE": 16}
+    no_norms = {"query_norm": None, "key_norm": None}
+    rotary_kernel, rotary_settings = rotary_kv_write.rotary_kv_write_kernel, ("rotary_kv_write", "")
     return [
-        CompiledKernel("rms_norm", rms_norm.rms_norm_kernel, norm, {"HIDDEN": 4096, "BLOCK": 4096}, one),
+        CompiledKernel(rms_norm.rms_norm_kernel, ("rms_norm", ""), norm, {"HIDDEN": 4096, "BLOCK": 4096}),
         CompiledKernel(
-            "gated_activation", gated_activation.gated_activation_kernel, gate,
-            {"WIDTH": 14336, "BLOCK": 1024, "ACTIVATION": "silu"}, {"num_warps": 4, "num_stages": 1},
-            unaligned=("num_blocks",),
+            gated_activation.gated_activation_kernel, ("gated_activation", ""), gate,
+            {"WIDTH": 14336, "ACTIVATION": "silu"}, unaligned=("num_blocks",),
         ),
+        CompiledKernel(rotary_kernel, rotary_settings, rotary, sizes | no_norms),
         CompiledKernel(
-            "rotary_kv_write", rotary_kv_write.rotary_kv_write_kernel, rotary,
-            sizes | {"query_norm": None, "key_norm": None}, {"num_warps": 2, "num_stages": 1},
-        ),
-        CompiledKernel(
-            "rotary_kv_write_norm", rotary_kv_write.rotary_kv_write_kernel, rotary | norms, sizes,
-            {"num_warps": 2, "num_stages": 1},
+            rotary_kernel, rotary_settings, rotary | dict.fromkeys(no_norms, data), sizes, name="head norms",
         ),
     ]  # fmt: skip
 
 
-def sampling_cases(kind: str) -> list[CompiledKernel]:
+def skinny_cases(data: str) -> list[CompiledKernel]:
+    """The products of a decode step of Llama-3.1-8B."""
+    types = dict.fromkeys(("x", "weight", "output"), data) | {"num_rows": "i32", "x_stride": "i32"}
+    types |= {"residual_stride": "i32"}
+    split = {"partials": "*fp32", "counters": "*i32"}
+    cases = []
+    for width, depth, is_gated in (
+        (6144, 4096, False),
+        (28672, 4096, True),
+        (4096, 14336, False),
+        (128256, 4096, False),
+    ):
+        operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", f"{width}x{depth}")
+        is_split = settings_of_class(operation[0], "h100", operation[1])["SPLIT_K"] > 1
+        added = {} if is_gated else {"bias": data, "residual": data}
+        constants: dict[str, object] = {"WIDTH": width // 2 if is_gated else width, "DEPTH": depth, "MAX_ROWS": 16}
+        constants |= {"IS_GATED": is_gated, "WIDEN": False}
+        constants |= dict.fromkeys(() if is_split else split) | dict.fromkeys(() if added else ("bias", "residual"))
+        cases.append(
+            CompiledKernel(
+                skinny_matmul.skinny_matmul_kernel, operation, types | added | (split if is_split else {}), constants,
+                unaligned=("num_rows",), name=operation[1], is_slow=width in (4096, 128256),
+            )
+        )  # fmt: skip
+    return cases
+
+
+def sampling_cases(data: str) -> list[CompiledKernel]:
     """The sampling kernels, at a vocabulary of 128 256."""
-    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-    tiles = {"NUM_TILES": 32, "PADDED_TILES": 32}
-    low = {"LOW_BITS": {"bf16": 16, "fp16": 12, "fp32": 0}[kind]}
+    tiles: dict[str, object] = {"NUM_TILES": 32, "PADDED_TILES": 32}
+    low: dict[str, object] = {"LOW_BITS": {"*bf16": 16, "*fp16": 12, "*fp32": 0}[data]}
+    tile: dict[str, object] = {"TILE": 4096}
     size = {"row_stride": "i32", "vocab_size": "i32"}
-    row = {"logits": f"*{kind}", "temperatures": "*fp32"}
-    filters = row | {"top_k": "*i32", "top_p": "*fp32", "tile_max": "*fp32", "tile_mass": "*i64"}
-    search = {"state": "*i64", "measures": "*i64"}
+    row = {"logits": data, "temperatures": "*fp32", "tile_max": "*fp32"}
+    filters = row | {"top_k": "*i32", "top_p": "*fp32"} | size
+    searched = {"state": "*i64", "measures": "*i64"}
     limits = {"limits": "*i64", "typical": "*fp32"}
-    statistics = {"logits": f"*{kind}", "tile_max": "*fp32", "tile_best": "*i32", "tile_sum": "*fp32"} | size
-    settled = {name: kind for name, kind in filters.items() if name != "tile_mass"}
-    settled |= {"min_p": "*fp32", "typical_p": "*fp32"} | search | limits | size
-    kept = row | {"min_p": "*fp32", "tile_max": "*fp32", "tile_mass": "*i64", "tile_ties": "*i32"} | limits | size
+    statistics = {"logits": data, "tile_max": "*fp32", "tile_best": "*i32", "tile_sum": "*fp32"} | size
+    mass = filters | searched | {"tile_mass": "*i64"}
+    passes = mass | {"next_state": "*i64", "next_measures": "*i64", "shift": "i32"}
+    settled = filters | {"min_p": "*fp32", "typical_p": "*fp32"} | searched | limits
+    kept = row | {"min_p": "*fp32", "tile_mass": "*i64", "tile_ties": "*i32"} | limits | size
     choice = kept | {"seeds": "*i64", "positions": "*i64", "tile_best": "*i32", "tile_sum": "*fp32"}
     choice |= {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i8"}
-    passes = filters | search | {"next_state": "*i64", "next_measures": "*i64", "shift": "i32"} | size
-    first, tile = {"IS_FIRST": False, "AFTER_TOP_K": False}, {"TILE": 4096}
+    search, chosen = ("sampling_search", ""), ("sampling_choice", "")
+    flags = {"IS_FIRST": False, "AFTER_TOP_K": False}
     kernels, searches = sampling_kernels, sampling_search
     return [
-        CompiledKernel("statistics", kernels.statistics_kernel, statistics, {"NUM_TILES": 32} | tile, options),
+        CompiledKernel(kernels.statistics_kernel, ("sampling_statistics", ""), statistics, {"NUM_TILES": 32} | tile),
+        CompiledKernel(kernels.mass_kernel, search, mass, low | tiles | tile | {"AFTER_TOP_K": True}),
         CompiledKernel(
-            "mass", kernels.mass_kernel, filters | search | size, low | tiles | tile | {"AFTER_TOP_K": True}, options
+            searches.search_kernel, search, passes, flags | tiles | tile, unaligned=("shift",), has_wide_loads=False
         ),
         CompiledKernel(
-            "search", searches.search_kernel, passes, first | tiles | tile, options,
-            unaligned=("shift",), has_wide_loads=False,
+            searches.settle_kernel, ("sampling_settle", ""), settled, low | tiles, has_wide_loads=False
         ),
-        CompiledKernel("settle", searches.settle_kernel, settled, low | tiles, options, has_wide_loads=False),
-        CompiledKernel("kept_mass", kernels.kept_mass_kernel, kept, low | tiles | tile, options),
-        CompiledKernel("choice", kernels.choice_kernel, choice, low | tiles | tile | {"HAS_RANDOM": True}, options),
+        CompiledKernel(kernels.kept_mass_kernel, search, kept, low | tiles | tile),
+        CompiledKernel(kernels.choice_kernel, chosen, choice, low | tiles | tile | {"HAS_RANDOM": True}),
     ]  # fmt: skip
+
+
+def attention_cases(data: str) -> list[CompiledKernel]:
+    """Paged attention with groups of four heads: few rows and many, two head sizes, with and without a window."""
+    data_names, lists = ("query", "key_cache", "value_cache", "output"), ("row_tokens", "row_positions", "row_slots")
+    items = dict.fromkeys(data_names, data) | dict.fromkeys((*lists, "block_tables", "worker_starts", "items"), "*i32")
+    items |= {"partial_output": "*fp32", "partial_weight": "*fp32", "table_stride": "i32", "scale": "fp32"}
+    items |= {"soft_cap": "fp32", "sliding_window": "i32"}
+    merge = {"num_merged": "*i32", "merged": "*i32", "partial_output": "*fp32", "partial_weight": "*fp32"}
+    cases = [
+        CompiledKernel(
+            attention_kernels.merge_partials_kernel, {"num_warps": 2, "enable_fp_fusion": True},
+            merge | {"output": data}, {"NUM_HEADS": 32, "HEAD_DIM": 128, "PADDED_DIM": 128, "SLOTS": 8}, has_wide_loads=False,
+        )
+    ]  # fmt: skip
+    for head_dim, has_window in ((64, False), (128, False), (128, True)):
+        sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": head_dim}
+        sizes |= {"BLOCK_SIZE": 16, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": False, "WIDEN": False}
+        shape = "float32" if data == "*fp32" else f"d{head_dim}"
+        for form in ("narrow", "wide"):
+            is_wide = form == "wide"
+            rows: dict[str, object] = {"SPLIT_MASK": is_wide} | ({} if is_wide else {"ROWS": 16})
+            cases.append(
+                CompiledKernel(
+                    attention_kernels.attention_items_kernel, (f"attention_{form}", shape), items, sizes | rows,
+                    unaligned=("sliding_window",), has_wgmma=is_wide,
+                    name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim == 64 or has_window,
+                )
+            )  # fmt: skip
+    return cases
+
+
+TABLES = [row_cases, skinny_cases, sampling_cases, attention_cases]
 
 
 def all_cases() -> list[object]:
-    """Every kernel in bfloat16 for Hopper in the default tests; other types and GPUs are slow tests."""
+    """Every kernel in bfloat16 for Hopper in the default tests; other types, sizes and GPUs are slow tests."""
     cases = []
-    for kind in TYPES.values():
-        for case in row_cases(kind) + sampling_cases(kind):
-            for capability in case.capabilities:
-                is_default = kind == "bf16" and capability == 90
-                marks = () if is_default else pytest.mark.slow
-                cases.append(pytest.param(case, kind, capability, marks=marks, id=f"{case.name}-{kind}-sm{capability}"))
+    for kind in ("bf16", "fp16", "fp32"):
+        for case in [case for table in TABLES for case in table(f"*{kind}")]:
+            for capability in GPU_CLASSES:
+                marks = () if kind == "bf16" and capability == 90 and not case.is_slow else pytest.mark.slow
+                name = f"{case.kernel.__name__}{case.name and ' '}{case.name}-{kind}-sm{capability}"
+                cases.append(pytest.param(case, kind, capability, marks=marks, id=name))
     return cases
 
 
 def compile_case(case: CompiledKernel, capability: int):
     names = case.kernel.arg_names
-    assert set(names) == set(case.types) | set(case.constants), case.name
+    options, constants = case.options_and_constants(capability)
+    assert set(names) == set(case.types) | set(constants), case.kernel.__name__
     signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = [
         index
@@ -116,10 +191,8 @@ def compile_case(case: CompiledKernel, capability: int):
         if signature[name].startswith("*") or (signature[name] in ("i32", "i64") and name not in case.unaligned)
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-    source = ASTSource(case.kernel, signature, case.constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True} | case.options
-    )
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def machine_code(cubin: bytes, folder: Path) -> str:
