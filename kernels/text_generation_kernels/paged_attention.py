@@ -87,7 +87,7 @@ def paged_attention(
         workspace.section("num_merged"), workspace.section("merged"),
         workspace.partial_output, workspace.partial_weight, output,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), SLOTS=MERGE_SLOTS,
-        num_warps=2,
+        num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
     return output
 
@@ -115,7 +115,7 @@ def _launch_items(
         BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
         HAS_WINDOW=sliding_window > 0, HAS_SOFT_CAP=soft_cap > 0, SPLIT_MASK=name == "wide",
         WIDEN=INTERPRETS,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
