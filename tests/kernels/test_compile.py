@@ -145,7 +145,8 @@ def attention_cases(data: str) -> list[CompiledKernel]:
     cases = [
         CompiledKernel(
             attention_kernels.merge_partials_kernel, {"num_warps": 2, "enable_fp_fusion": True},
-            merge | {"output": data}, {"NUM_HEADS": 32, "HEAD_DIM": 128, "PADDED_DIM": 128, "SLOTS": 8}, has_wide_loads=False,
+            merge | {"output": data}, {"NUM_HEADS": 32, "HEAD_DIM": 128, "PADDED_DIM": 128, "SLOTS": 8},
+            has_wide_loads=False,
         )
     ]  # fmt: skip
     for head_dim, has_window in ((64, False), (128, False), (128, True)):
