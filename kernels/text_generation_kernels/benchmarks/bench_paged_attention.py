@@ -20,7 +20,7 @@ from text_generation_kernels.shared_prefix import find_shared_prefixes
 
 # Tried on the cases of either kernel; what does not fit on the GPU, or spills, falls out by itself.
 CANDIDATES = {
-    "KEYS": [32, 64, 128], "CTAS_PER_SM": [1, 2, 3, 4, 5], "num_warps": [4, 8], "num_stages": [3, 5, 7],
+    "KEYS": [32, 64], "CTAS_PER_SM": [1, 2, 4, 5], "num_warps": [4, 8], "num_stages": [3, 5],
 }  # fmt: skip
 BLOCK_SIZE = 16
 
@@ -114,7 +114,7 @@ def make_batch(bench: Bench, step: Step) -> tuple[AttentionBatch, np.ndarray, in
     own = -(-int(lengths.max()) // BLOCK_SIZE) - shared
     order = np.random.default_rng(0).permutation(shared + own * len(lengths)).astype(np.int32)
     common = np.broadcast_to(order[:shared], (len(lengths), shared))
-    tables = np.concatenate([common, order[shared:].reshape(len(lengths), own)], axis=1)
+    tables = np.ascontiguousarray(np.concatenate([common, order[shared:].reshape(len(lengths), own)], axis=1))
     starts = np.concatenate(([0], np.cumsum(query_lengths)))
     batch = AttentionBatch(
         torch.from_numpy(tables).to(bench.device),
