@@ -24,6 +24,7 @@ GPU_CLASSES = {
 # (operation, GPU class) -> keyword arguments of the launch. "default" serves every class without an entry. An
 # operation may have entries for one of its shapes too, named operation/shape.
 SETTINGS: dict[tuple[str, str], Settings] = {
+    ("rms_norm/few_rows", "default"): {"num_warps": 16, "num_stages": 1},
     ("rms_norm", "default"): {"num_warps": 8, "num_stages": 1},
     ("rotary_kv_write", "default"): {"HEADS": 8, "num_warps": 2, "num_stages": 1},
     ("gated_activation", "default"): {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},

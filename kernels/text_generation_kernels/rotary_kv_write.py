@@ -62,8 +62,8 @@ def rotary_kv_write_kernel(
     qkv_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    QUERY_PROGRAMS: tl.constexpr = tl.cdiv(NUM_HEADS, HEADS)
-    KV_PROGRAMS: tl.constexpr = tl.cdiv(NUM_KV_HEADS, HEADS)
+    QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     source = qkv + token * qkv_stride

@@ -85,7 +85,7 @@ class _Scratch:
         self.typical = torch.empty(batch, 2, dtype=torch.float32, device=device)
         self.tokens = torch.empty(batch, dtype=torch.int64, device=device)
         self.logprobs = torch.empty(batch, dtype=torch.float32, device=device)
-        self.is_finite = torch.empty(batch, dtype=torch.int8, device=device)
+        self.is_finite = torch.empty(batch, dtype=torch.bool, device=device)
 
     @property
     def searched(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +106,7 @@ def _sample(logits: torch.Tensor, parameters: SamplingParameters | None) -> Samp
         if parameters is not None:
             _find_kept_tokens(logits, parameters, work)
         _choose(logits, parameters, work)
-    return Sampled(work.tokens, work.logprobs, work.is_finite.bool())
+    return Sampled(work.tokens, work.logprobs, work.is_finite)
 
 
 def _find_kept_tokens(logits: torch.Tensor, parameters: SamplingParameters, work: _Scratch) -> None:

@@ -92,7 +92,7 @@ def choice_kernel(
     largest = tl.load(tile_max + places, is_tile, other=float("-inf"))
     maximum = tl.max(largest, axis=0)
     finite = tl.abs(maximum) < float("inf")
-    tl.store(is_finite + row, finite.to(tl.int8))
+    tl.store(is_finite + row, finite)
     is_greedy = True
     if HAS_RANDOM:
         is_greedy = not is_random(tl.load(temperatures + row), maximum)

@@ -76,8 +76,8 @@ def skinny_matmul_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
 ):  # fmt: skip
-    STEPS: tl.constexpr = tl.cdiv(DEPTH, BLOCK_K)
-    STEPS_PER_SPLIT: tl.constexpr = tl.cdiv(STEPS, SPLIT_K)
+    STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+    STEPS_PER_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
     tile, split = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.arange(0, MAX_ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < WIDTH

@@ -117,7 +117,7 @@ def sampling_cases(data: str) -> list[CompiledKernel]:
     settled = filters | {"min_p": "*fp32", "typical_p": "*fp32"} | searched | limits
     kept = row | {"min_p": "*fp32", "tile_mass": "*i64", "tile_ties": "*i32"} | limits | size
     choice = kept | {"seeds": "*i64", "positions": "*i64", "tile_best": "*i32", "tile_sum": "*fp32"}
-    choice |= {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i8"}
+    choice |= {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i1"}
     search, chosen = ("sampling_search", ""), ("sampling_choice", "")
     flags = {"IS_FIRST": False, "AFTER_TOP_K": False}
     kernels, searches = sampling_kernels, sampling_search
