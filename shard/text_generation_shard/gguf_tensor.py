@@ -10,7 +10,7 @@ from text_generation_shard.gguf_file import BrokenGguf, GgufTensor
 from text_generation_shard.model_config import UnsupportedModel
 
 _BLOCK_SIZE = 32
-_ROW_TYPES = {"F32": torch.float32, "F16": torch.float16}
+_ROW_TYPES = ("F32", "F16")
 
 
 class GgufSource:

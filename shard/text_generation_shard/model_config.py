@@ -65,10 +65,6 @@ class ModelConfig:
             if count % world_size:
                 raise UnsupportedModel(f"{count} {name} cannot be split evenly among {world_size} shards")
 
-    def padded_vocab_size(self, world_size: int) -> int:
-        """The vocabulary rounded up so that every shard holds equally many rows."""
-        return -(-self.vocab_size // world_size) * world_size
-
 
 def load_model_config(folder: str | Path) -> ModelConfig:
     """Read `config.json` in a model folder."""
