@@ -63,6 +63,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,  # a signal to the group of the tests is theirs alone
                 env={**passed_on, "TMPDIR": str(self.folder), "HF_HUB_OFFLINE": "1", **(environment or {})},
             )
         self._family: list[psutil.Process] = []

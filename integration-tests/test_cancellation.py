@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,8 @@ def test_too_many_clients(serve: Any, tiny_model: Any) -> None:
     with serve(*flags) as server:
         with server.stream("/generate_stream", body) as first, server.stream("/generate_stream", body):
             assert next(first).startswith("data: ")
+            while not server.metric("tgi_queue_size"):
+                time.sleep(0.01)
             for path, rendered in (
                 ("/generate", short),
                 ("/generate_stream", short),

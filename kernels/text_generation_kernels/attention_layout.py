@@ -7,6 +7,7 @@ A unit is a few tokens of the step with the keys they attend to. A unit cut into
 items; each item is computed once per key/value head, by the worker whose list holds it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,16 +102,16 @@ class AttentionLayout:
         sections, offset = {}, 0
         for name, shape in shapes.items():
             sections[name] = (offset, shape)
-            offset += -(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+            offset += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         return sections
 
     @cached_property
     def size(self) -> int:
         """Length of the buffer in int32."""
         offset, shape = self.sections["merged"]
-        return offset + -(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+        return offset + -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
 
     def view(self, buffer: np.ndarray, name: str) -> np.ndarray:
         """One section of a host buffer."""
         offset, shape = self.sections[name]
-        return buffer[offset : offset + int(np.prod(shape))].reshape(shape)
+        return buffer[offset : offset + math.prod(shape)].reshape(shape)

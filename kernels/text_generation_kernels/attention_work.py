@@ -59,8 +59,9 @@ def plan_attention(
     pieces = np.zeros(len(units.table), dtype=np.int64)
     cuts: list[tuple[str, Tile, np.ndarray, _Cut]] = []
     for name, tile, is_kind in (("narrow", layout.narrow, ~units.is_wide), ("wide", layout.wide, units.is_wide)):
-        if tile is not None:
-            chosen = np.flatnonzero(is_kind)
+        chosen = np.flatnonzero(is_kind)
+        layout.view(buffer, f"{name}_starts")[:] = 0
+        if tile is not None and len(chosen) > 0:
             num_tiles = -(-(units.key_end - units.key_start)[chosen] // tile.keys)
             cut = _cut(num_tiles, tile)
             pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
@@ -69,8 +70,6 @@ def plan_attention(
     for name, tile, chosen, cut in cuts:
         _write_items(layout, buffer, name, tile, units, chosen, cut, is_split)
         layout.view(buffer, f"{name}_starts")[:] = cut.worker_starts
-    if layout.wide is None:
-        layout.view(buffer, "wide_starts")[:] = 0
 
 
 def _check(
@@ -173,11 +172,8 @@ def _cut(num_tiles: np.ndarray, tile: Tile) -> _Cut:
             first = piece * num_tiles[unit] // pieces[unit]
             end = (piece + 1) * num_tiles[unit] // pieces[unit]
             return _Cut(unit, first, end, np.minimum(np.arange(workers + 1), len(unit)))
-    if total == 0:
-        none = np.zeros(0, dtype=np.int64)
-        return _Cut(none, none, none, np.zeros(workers + 1, dtype=np.int64))
     starts = _exclusive_sum(num_tiles)
-    cuts = np.union1d(starts, np.arange(0, total, share))
+    cuts = np.unique(np.concatenate((starts, np.arange(0, total, share))))
     unit = np.searchsorted(starts, cuts, side="right") - 1
     ends = np.append(cuts[1:], total)
     worker_starts = np.searchsorted(cuts, np.arange(workers + 1) * share)

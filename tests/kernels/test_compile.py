@@ -136,7 +136,7 @@ def sampling_cases(data: str) -> list[CompiledKernel]:
 
 
 def attention_cases(data: str) -> list[CompiledKernel]:
-    """Paged attention with groups of four heads: few rows and many, two head sizes, with and without a window."""
+    """Paged attention with groups of four heads: few rows and many, each head size, with and without a window."""
     data_names, lists = ("query", "key_cache", "value_cache", "output"), ("row_tokens", "row_positions", "row_slots")
     items = dict.fromkeys(data_names, data) | dict.fromkeys((*lists, "block_tables", "worker_starts", "items"), "*i32")
     items |= {"partial_output": "*fp32", "partial_weight": "*fp32", "table_stride": "i32", "scale": "fp32"}
@@ -149,10 +149,11 @@ def attention_cases(data: str) -> list[CompiledKernel]:
             has_wide_loads=False,
         )
     ]  # fmt: skip
-    for head_dim, has_window in ((64, False), (128, False), (128, True)):
-        sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": head_dim}
+    for head_dim, has_window in ((64, False), (80, False), (128, False), (128, True), (256, False)):
+        padded = triton.next_power_of_2(head_dim)
+        sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
         sizes |= {"BLOCK_SIZE": 16, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": False, "WIDEN": False}
-        shape = "float32" if data == "*fp32" else f"d{head_dim}"
+        shape = "float32" if data == "*fp32" else f"d{padded}"
         for form in ("narrow", "wide"):
             is_wide = form == "wide"
             rows: dict[str, object] = {"SPLIT_MASK": is_wide} | ({} if is_wide else {"ROWS": 16})
@@ -160,7 +161,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
                 CompiledKernel(
                     attention_kernels.attention_items_kernel, (f"attention_{form}", shape), items, sizes | rows,
                     unaligned=("sliding_window",), has_wgmma=is_wide,
-                    name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim == 64 or has_window,
+                    name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
                 )
             )  # fmt: skip
     return cases

@@ -43,6 +43,11 @@ class Case:
         return 1 / math.sqrt(self.head_dim)
 
 
+def some(*values: object, slow: tuple[object, ...]) -> list[object]:
+    """Parameters of a test; some only for its longer form, for the interpreter takes a second for each."""
+    return [*values, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
+
+
 def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels' output and the exact one, both of the step's own tokens."""
     inputs = random_inputs(case, device, padding)
@@ -132,37 +137,37 @@ def assert_exact(case: Case, device: torch.device, padding: int = 0) -> None:
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", some(torch.float32, torch.bfloat16, slow=(torch.float16,)))
 def test_mixed_step(dtype, device):
     assert_exact(Case(MIXED, dtype=dtype), device, padding=2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", some(torch.float32, torch.bfloat16, slow=(torch.float16,)))
 def test_decode_step(dtype, device):
     assert_exact(Case([(1, 70), (1, 1), (1, 16), (1, 17)], dtype=dtype, wide=False), device)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", some(80, 256, slow=(96, 128)))
 def test_head_sizes(head_dim, device):
     assert_exact(Case([(1, 35), (18, 35)], num_kv_heads=1, head_dim=head_dim), device)
 
 
-@pytest.mark.parametrize("group_size", [1, 3, 7, 17])
+@pytest.mark.parametrize("group_size", some(1, 7, 17, slow=(3,)))
 def test_group_sizes(group_size, device):
     assert_exact(Case([(1, 35), (2, 20)], group_size=group_size, num_kv_heads=1), device)
 
 
-@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("length", some(15, 16, 17, 33, slow=(31, 32, 64)))
 def test_lengths_at_edges_of_blocks_and_tiles(length, device):
     assert_exact(Case([(1, length), (min(length, 18), length)], num_kv_heads=1, workers=2), device)
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("block_size", some(32, slow=(64, 128)))
 def test_block_sizes(block_size, device):
     assert_exact(Case(MIXED, num_kv_heads=1, block_size=block_size), device)
 
 
-@pytest.mark.parametrize("sliding_window", [1, 5, 16, 23, 1000])
+@pytest.mark.parametrize("sliding_window", some(1, 5, 23, slow=(16, 1000)))
 def test_sliding_windows(sliding_window, device):
     assert_exact(Case([(1, 60), (20, 50), (1, 4)], num_kv_heads=1, sliding_window=sliding_window), device)
 
@@ -183,7 +188,7 @@ def test_soft_cap(soft_cap, device):
     assert_exact(replace(case, sliding_window=5), device)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", some(128, slow=(64, 256)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_launch_tables_tiles(head_dim, dtype, device):
     case = Case([(1, 300), (70, 150), (1, 40)], num_kv_heads=1, group_size=4, head_dim=head_dim, dtype=dtype)
