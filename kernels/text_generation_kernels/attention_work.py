@@ -44,6 +44,7 @@ def plan_attention(
     sequence_lengths: np.ndarray,  # [B]: keys of each sequence, this step's tokens included
     sliding_window: int | None = None,
     shared_prefixes: Sequence[SharedPrefix] = (),
+    table_rows: np.ndarray | None = None,  # [B] each sequence's row of the block tables; by default its own number
 ) -> None:
     """Write the items, rows and merges of a step into `buffer`.
 
@@ -67,8 +68,9 @@ def plan_attention(
             pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
             cuts.append((name, tile, chosen, cut))
     is_split = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
+    tables = units.table if table_rows is None else table_rows[units.table]
     for name, tile, chosen, cut in cuts:
-        _write_items(layout, buffer, name, tile, units, chosen, cut, is_split)
+        _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split)
         layout.view(buffer, f"{name}_starts")[:] = cut.worker_starts
 
 
@@ -223,6 +225,7 @@ def _write_items(
     name: str,
     tile: Tile,
     units: _Units,
+    tables: np.ndarray,  # row of the block tables of every unit
     chosen: np.ndarray,  # the units of this kernel
     cut: _Cut,
     is_split: np.ndarray,  # of every unit
@@ -237,7 +240,7 @@ def _write_items(
     full_start, full_end = np.where(has_full, full_start, key_start), np.where(has_full, full_end, key_start)
     first_of_unit = np.searchsorted(cut.unit, cut.unit)
     piece = np.where(is_split[unit], np.arange(len(unit)) - first_of_unit, -1)
-    first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], units.table[unit]
+    first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], tables[unit]
     columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece)
     layout.view(buffer, f"{name}_items")[: len(unit)] = np.stack(columns, axis=1)
 

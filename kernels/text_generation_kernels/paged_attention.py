@@ -33,11 +33,18 @@ class AttentionBatch:
 class AttentionWorkspace:
     """Device memory of one plan and of partial results. Layers that follow the same plan share it."""
 
-    def __init__(self, layout: AttentionLayout, num_kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        layout: AttentionLayout,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        plan: torch.Tensor | None = None,  # [layout.size] int32: where plans come to lie; by default memory of its own
+    ) -> None:
         self.layout = layout
         self.num_kv_heads = num_kv_heads
         num_heads = num_kv_heads * layout.group_size
-        self.plan = torch.zeros(layout.size, dtype=torch.int32, device=device)
+        self.plan = torch.zeros(layout.size, dtype=torch.int32, device=device) if plan is None else plan
         self.partial_output = torch.empty(layout.max_partials, num_heads, head_dim, device=device)
         self.partial_weight = torch.empty(layout.max_partials, num_heads, device=device)
         self._sections = {

@@ -27,8 +27,12 @@ def rotary_kv_write(
     if query_norm is not None and key_norm is not None:
         query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
     rotated = rotary_embedding(query[..., :rotary_dim], key[..., :rotary_dim], positions, cos_sin_cache)
-    query = torch.cat((rotated[0], query[..., rotary_dim:]), dim=-1)
-    key = torch.cat((rotated[1], key[..., rotary_dim:]), dim=-1)
+    if rotary_dim < head_dim:
+        rotated = (
+            torch.cat((rotated[0], query[..., rotary_dim:]), dim=-1),
+            torch.cat((rotated[1], key[..., rotary_dim:]), dim=-1),
+        )
+    query, key = rotated
     write_kv(key, value, key_cache, value_cache, slot_mapping)
     return query
 

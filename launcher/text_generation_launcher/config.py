@@ -28,10 +28,6 @@ class LauncherConfig:
     )
     num_shard: int | None = flag(None, "Number of shards. Default: one per visible GPU; on a CPU one.", positive=True)
     max_input_length: int | None = flag(None, "Older name of --max-input-tokens.", positive=True)
-    cuda_graphs: str | None = flag(
-        None, "Comma-separated batch sizes for CUDA graphs. Only 0, which turns them off, is available."
-    )
-    cuda_memory_fraction: float = flag(1.0, "Share of the GPU's memory to use. Only 1.0 is available.")
     disable_custom_kernels: bool = flag(
         False, "Compute with PyTorch's own operations only, which is what this version does in any case."
     )

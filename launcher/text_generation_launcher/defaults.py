@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from text_generation_router.config import RouterConfig
+from text_generation_shard.config import ShardConfig, graph_sizes
 
 from text_generation_launcher.cli import Settings
 from text_generation_launcher.errors import SettingsError
@@ -41,6 +42,7 @@ def check(settings: Settings, environment: Mapping[str, str]) -> RouterConfig:
         raise SettingsError("--api-key is empty.")
     config = RouterConfig(**given)
     _check_limits(config)
+    _check_gpu(ShardConfig(**settings.values_for(ShardConfig)))
     _report_idle(settings, environment)
     return config
 
@@ -92,6 +94,15 @@ def _check_limits(config: RouterConfig) -> None:
             continue
         if low > high or (low == high and "smaller" in rule):
             raise SettingsError(f"{_option(small)} {low} {rule} {_option(large)} {high}.")
+
+
+def _check_gpu(config: ShardConfig) -> None:
+    if not 0 < config.cuda_memory_fraction <= 1:
+        raise SettingsError(f"--cuda-memory-fraction {config.cuda_memory_fraction} must be above 0 and at most 1.")
+    try:
+        graph_sizes(config.cuda_graphs)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
 
 
 def _divides(count: int, model: Mapping[str, Any]) -> bool:

@@ -32,8 +32,6 @@ REFUSED: dict[str, Refusal] = {
     "weights_cache_override": Refusal("give the folder that holds the weights and config.json as --model-id"),
     "rope_scaling": Refusal(_ROPE),
     "rope_factor": Refusal(_ROPE),
-    "cuda_graphs": Refusal("there are no CUDA graphs; available is 0 (off)", (None, "0")),
-    "cuda_memory_fraction": Refusal("available is 1.0; limit KV memory by --max-batch-total-tokens", (1.0,)),
     "otlp_endpoint": Refusal(_TRACING),
     "otlp_service_name": Refusal(_TRACING, (LauncherConfig.otlp_service_name,)),
     "watermark_gamma": Refusal(_WATERMARK),

@@ -9,6 +9,25 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help_text, **metadata})
 
 
+# Small batches are decided by reading the weights, so that a few padded rows cost nothing; from 64 on rows cost.
+DEFAULT_GRAPH_SIZES = (
+    1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128,
+    144, 160, 176, 192, 208, 224, 240, 256, 288, 320, 352, 384, 416, 448, 480, 512,
+)  # fmt: skip
+
+
+def graph_sizes(cuda_graphs: str | None) -> tuple[int, ...]:
+    """The sizes that --cuda-graphs names; none given: the default, 0: none. Raises ValueError with the reason."""
+    if cuda_graphs is None:
+        return DEFAULT_GRAPH_SIZES
+    if not all(part.strip().isdecimal() for part in cuda_graphs.split(",")):
+        raise ValueError(f"--cuda-graphs {cuda_graphs}: whole numbers with commas between them are asked for")
+    sizes = tuple(int(part) for part in cuda_graphs.split(","))
+    if 0 in sizes and len(sizes) > 1:
+        raise ValueError(f"--cuda-graphs {cuda_graphs}: 0 stands alone, for no graphs")
+    return () if sizes == (0,) else sizes
+
+
 def internal(default: Any) -> Any:
     """Declare a field that the launcher works out and a user never sets."""
     return field(default=default, metadata={"internal": True})
@@ -23,6 +42,17 @@ class ShardConfig:
         "Type of weights, activations and KV memory. Default: the checkpoint's own on a GPU; on a CPU bfloat16 "
         "where the processor computes in it, else float32.",
         choices=("float32", "float16", "bfloat16"),
+    )
+    cuda_graphs: str | None = flag(
+        None,
+        "Comma-separated numbers of sequences or tokens whose steps are recorded as CUDA graphs; 0 turns graphs off. "
+        "Default: 38 sizes from 1 to 512.",
+    )
+    cuda_memory_fraction: float = flag(1.0, "Share of each GPU's memory that may be used, above 0 and up to 1.")
+    load_format: str = flag(
+        "auto",
+        "Where weights come from: auto reads the model's files, dummy makes random ones, for benchmarks.",
+        choices=("auto", "dummy"),
     )
     # Folder with config.json (a GGUF file's is written there by model_files.py).
     model_folder: str = internal("")

@@ -1,24 +1,24 @@
 """The tensors of the running step that attention layers read, set once around each forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
+
+from text_generation_shard.kv_cache import KvCaches
 
 
 @dataclass(frozen=True)
 class ForwardContext:
     """One step's view of the batch. Sequences are in batch order, their tokens flattened one after another."""
 
-    slot_mapping: torch.Tensor  # [num_tokens] int64: where each token's key and value go
-    block_tables: torch.Tensor  # [num_sequences, max_blocks] int32, padded with 0
-    query_starts: torch.Tensor  # [num_sequences + 1] int32: first token of each sequence, then num_tokens
-    sequence_lengths: torch.Tensor  # [num_sequences] int32: tokens attended to, this step's included
-    max_query_length: int
-    max_sequence_length: int
-    kv_caches: list[tuple[torch.Tensor, torch.Tensor]]  # per layer: key, value
-    # each [num_blocks, num_kv_heads, block_size, head_dim]
+    slot_mapping: torch.Tensor  # [num_tokens]: where each token's key and value go; -1: nowhere
+    attention: AttentionBatch
+    kv_caches: KvCaches  # per layer: key and value, each [num_blocks, num_kv_heads, block_size, head_dim]
+    # By sliding window (None: without): the plan of this step's attention. A CPU does without.
+    workspaces: Mapping[int | None, AttentionWorkspace] = field(default_factory=dict)
 
 
 _current: ForwardContext | None = None

@@ -4,67 +4,28 @@ Applies a plan's changes, lays the step out as flat arrays for the model, and ta
 Row numbers are internal; everything outside speaks of sequence ids. All that a plan names is checked here.
 """
 
-from dataclasses import dataclass
+import heapq
 
 import numpy as np
-import numpy.typing as npt
 from text_generation_proto.columns import Int32Array
 
 from text_generation_shard.step import NewSequence, PlanError, StepPlan
+from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array, StepInputs
 
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """What bounds a plan."""
-
-    vocab_size: int
-    block_size: int
-    num_blocks: int
-    max_num_sequences: int
-    max_step_tokens: int
-    max_sequence_length: int
-
-    @property
-    def max_blocks_per_sequence(self) -> int:
-        """Width of the block table matrix."""
-        return -(-self.max_sequence_length // self.block_size)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One step laid out for the model: sequences in batch order, their tokens one after another."""
-
-    rows: Int64Array  # [num_sequences] batch rows that compute something
-    input_ids: Int64Array  # [num_tokens]
-    positions: Int64Array  # [num_tokens]
-    slot_mapping: Int64Array  # [num_tokens]
-    query_starts: Int32Array  # [num_sequences + 1]
-    sequence_lengths: Int32Array  # [num_sequences] tokens attended to, this step's included
-    block_tables: Int32Array  # [num_sequences, most blocks of one of them]
-    max_query_length: int
-    max_sequence_length: int
-    sampling_rows: Int64Array  # [num_samples] batch rows that reach their last known token
-    sampling_indices: Int64Array  # [num_samples] the flat index of that token
-    sampling_positions: Int64Array  # [num_samples] where in its sequence the sampled token will stand
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the step computes."""
-        return len(self.input_ids)
+NO_SEQUENCE = -1
+# More tokens than any row ever computes: an unused row never decodes.
+_NEVER_KNOWN = np.iinfo(np.int32).max
 
 
 class InputBatch:
-    """Rows 0 … num_sequences - 1 are in use; a removed row's place is taken by the last one."""
+    """A sequence keeps its row for as long as it stays: what lies on the device for that row need not move."""
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, has_device_tables: bool = False) -> None:
         capacity = limits.max_num_sequences
         self.limits = limits
-        self.num_sequences = 0
-        self.sequence_ids = np.zeros(capacity, np.int32)
-        self.num_known_tokens = np.zeros(capacity, np.int32)  # sent by the router; later ones were sampled here
+        self.sequence_ids = np.full(capacity, NO_SEQUENCE, np.int32)
+        # Sent by the router; later ones were sampled here.
+        self.num_known_tokens = np.full(capacity, _NEVER_KNOWN, np.int32)
         self.num_computed_tokens = np.zeros(capacity, np.int32)
         self.last_token_ids = np.zeros(capacity, np.int64)  # a decoding row's next input
         self.num_blocks = np.zeros(capacity, np.int32)
@@ -73,29 +34,25 @@ class InputBatch:
         self.top_k = np.zeros(capacity, np.int64)
         self.top_p = np.ones(capacity, np.float32)
         self.seeds = np.zeros(capacity, np.uint64)
-        self._columns: tuple[npt.NDArray[np.generic], ...] = (
-            self.sequence_ids,
-            self.num_known_tokens,
-            self.num_computed_tokens,
-            self.last_token_ids,
-            self.num_blocks,
-            self.block_tables,
-            self.temperatures,
-            self.top_k,
-            self.top_p,
-            self.seeds,
-        )
         self._known_tokens: dict[int, Int32Array] = {}  # sequence id -> tokens, until all are computed
         self._rows: dict[int, int] = {}  # sequence id -> row
+        self._free_rows = list(range(capacity))  # a heap: low rows first
+        self._has_device_tables = has_device_tables
+        self._table_changes: list[tuple[int, int]] = []  # first place in the flattened block tables, number of blocks
         # Failed sequences left the batch; the router may name them until it learns of it and removes them.
         self._failed_ids: set[int] = set()
 
+    @property
+    def num_sequences(self) -> int:
+        """Rows in use."""
+        return len(self._rows)
+
     def clear(self) -> None:
         """Forget every sequence."""
-        self.num_sequences = 0
-        self._rows.clear()
-        self._known_tokens.clear()
+        for sequence_id in list(self._rows):
+            self._remove(sequence_id)
         self._failed_ids.clear()
+        self._table_changes.clear()
 
     def apply(self, plan: StepPlan) -> dict[int, str]:
         """Apply a plan's changes; answers the new sequences that are refused, with the reason."""
@@ -133,7 +90,6 @@ class InputBatch:
             if sequence_id not in self._failed_ids:
                 self._copy_known_tokens(sequence_id, rows, query_starts, input_ids)
 
-        max_length = int(sequence_lengths.max())
         is_sampling = sequence_lengths >= self.num_known_tokens[rows]
         return StepInputs(
             rows=rows,
@@ -142,40 +98,62 @@ class InputBatch:
             slot_mapping=slots + positions % block_size,
             query_starts=query_starts,
             sequence_lengths=sequence_lengths,
-            block_tables=self._tables(rows, -(-max_length // block_size)),
+            is_decoding=num_computed >= self.num_known_tokens[rows],
             max_query_length=int(lengths.max()),
-            max_sequence_length=max_length,
+            max_sequence_length=int(sequence_lengths.max()),
             sampling_rows=rows[is_sampling],
             sampling_indices=query_starts[1:][is_sampling].astype(np.int64) - 1,
             sampling_positions=sequence_lengths[is_sampling].astype(np.int64),
         )
 
-    def advance(self, inputs: StepInputs, token_ids: Int64Array, is_valid: BoolArray) -> Int32Array:
-        """Take a step's tokens, one for each sampling row; rows without a valid one leave the batch.
-
-        Answers the sequence ids of the sampling rows.
-        """
+    def advance(self, inputs: StepInputs) -> Int32Array:
+        """Count a step's tokens as computed, before its outcome is known; answers the ids of the sampling rows."""
         self.num_computed_tokens[inputs.rows] = inputs.sequence_lengths
-        self.last_token_ids[inputs.sampling_rows] = token_ids
         sequence_ids = self.sequence_ids[inputs.sampling_rows]
         for sequence_id in sequence_ids.tolist() if self._known_tokens else ():
             self._known_tokens.pop(sequence_id, None)
-        for sequence_id in sequence_ids[~is_valid].tolist():
+        return sequence_ids
+
+    def settle(
+        self, inputs: StepInputs, sequence_ids: Int32Array, token_ids: Int64Array, is_valid: BoolArray
+    ) -> BoolArray:
+        """Take the tokens of the sequences that `advance` answered; those without a valid one leave the batch.
+
+        Answers which of them the router is to be told of: not those that had failed a step earlier.
+        """
+        is_there = self.sequence_ids[inputs.sampling_rows] == sequence_ids
+        self.last_token_ids[inputs.sampling_rows[is_there]] = token_ids[is_there]
+        is_told = np.ones(len(sequence_ids), np.bool_)
+        if self._failed_ids:
+            is_told = ~np.isin(sequence_ids, list(self._failed_ids))
+        for sequence_id in sequence_ids[~is_valid & is_there].tolist():
             self._remove(sequence_id)
             self._failed_ids.add(sequence_id)
-        return sequence_ids
+        return is_told
+
+    def tables(self, inputs: StepInputs) -> Int32Array:
+        """The block tables of a step's sequences, as many columns as the longest needs."""
+        num_blocks = -(-inputs.max_sequence_length // self.limits.block_size)
+        return self.block_tables[inputs.rows, :num_blocks]
+
+    def take_table_changes(self) -> tuple[Int64Array, Int32Array]:
+        """Where the flattened block tables changed since the last call, and what stands there now."""
+        if not self._table_changes:
+            return np.empty(0, np.int64), np.empty(0, np.int32)
+        starts, counts = np.array(self._table_changes, np.int64).T
+        self._table_changes.clear()
+        places = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        return places, self.block_tables.reshape(-1)[places]
 
     def _remove(self, sequence_id: int) -> None:
         row = self._rows.pop(sequence_id, None)
         if row is None:
             raise PlanError(f"sequence {sequence_id} is removed but not in the batch")
         self._known_tokens.pop(sequence_id, None)
-        self.num_sequences -= 1
-        last = self.num_sequences
-        if row != last:
-            for column in self._columns:
-                column[row] = column[last]
-            self._rows[int(self.sequence_ids[row])] = row
+        self.sequence_ids[row] = NO_SEQUENCE
+        self.num_known_tokens[row] = _NEVER_KNOWN
+        self.num_computed_tokens[row] = 0
+        heapq.heappush(self._free_rows, row)
 
     def _add(self, sequence: NewSequence) -> str | None:
         """Add a row; answers why the sequence fails alone, if it does."""
@@ -191,10 +169,9 @@ class InputBatch:
         if reason := self._reason_to_refuse(sequence):
             self._failed_ids.add(sequence_id)
             return reason
-        if self.num_sequences == self.limits.max_num_sequences:
+        if not self._free_rows:
             raise PlanError(f"more than {self.limits.max_num_sequences} sequences in the batch")
-        row = self.num_sequences
-        self.num_sequences += 1
+        row = heapq.heappop(self._free_rows)
         self._rows[sequence_id] = row
         self._known_tokens[sequence_id] = sequence.token_ids
         self.sequence_ids[row] = sequence_id
@@ -250,11 +227,12 @@ class InputBatch:
             )
         self.block_tables[row, start:end] = block_ids
         self.num_blocks[row] = end
+        if self._has_device_tables and len(block_ids):
+            self._table_changes.append((row * self.limits.max_blocks_per_sequence + start, len(block_ids)))
 
     def _query_lengths(self, plan: StepPlan) -> Int32Array:
         """Tokens each row computes: one where all known tokens are computed, else what the plan names."""
-        in_use = slice(self.num_sequences)
-        query_lengths = (self.num_computed_tokens[in_use] >= self.num_known_tokens[in_use]).astype(np.int32)
+        query_lengths = (self.num_computed_tokens >= self.num_known_tokens).astype(np.int32)
         if len(plan.prefill_sequence_ids) != len(plan.prefill_num_tokens):
             raise PlanError("prefill_sequence_ids and prefill_num_tokens differ in length")
         for sequence_id, count in zip(
@@ -281,11 +259,6 @@ class InputBatch:
         start, end = int(query_starts[index]), int(query_starts[index + 1])
         num_computed = int(self.num_computed_tokens[row])
         input_ids[start:end] = self._known_tokens[sequence_id][num_computed : num_computed + end - start]
-
-    def _tables(self, rows: Int64Array, num_blocks: int) -> Int32Array:
-        """The leading blocks of some rows' tables; a view where all rows take part, as in steady decode."""
-        tables = self.block_tables[: self.num_sequences, :num_blocks]
-        return tables if len(rows) == self.num_sequences else tables[rows]
 
     def _check_capacity(self, rows: Int64Array, sequence_lengths: Int32Array, num_tokens: int) -> None:
         if num_tokens > self.limits.max_step_tokens:

@@ -1,16 +1,23 @@
 """KV memory: what a block costs, how many blocks fit this rank, and the tensors themselves."""
 
+import logging
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 BLOCK_SIZE = 16
 
 # On a CPU the KV cache shares memory with everything else on the machine: by default it takes at most this much,
 # and at most a quarter of what the container may use or half of what is free.
 DEFAULT_CPU_KV_BYTES = 4 * 2**30
+
+# What a size of graphs takes, all kinds of it together (8B shape, H100); and what is left for the allocator's gaps.
+CUDA_GRAPH_SIZE_BYTES = 32 * 2**20
+CUDA_SPARE_BYTES = 768 * 2**20
 
 KvCaches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -69,14 +76,26 @@ def cpu_kv_bytes(configured_bytes: int, world_size: int, root: Path = Path("/"))
     return budget // world_size
 
 
-def cuda_kv_bytes(memory_fraction: float, device: torch.device) -> int:
+def cuda_kv_bytes(memory_fraction: float, num_graph_sizes: int, device: torch.device) -> int:
     """Bytes of KV memory on a GPU: what is free of `memory_fraction` of it, after the worst-case pass."""
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    # The allocator keeps what the pass took, to use it again.
-    kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    torch.cuda.synchronize(device)
     peak_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    used_bytes = total_bytes - free_bytes - kept_bytes
-    return max(0, int(total_bytes * memory_fraction) - used_bytes - peak_bytes)
+    # What steps take and give back lies in the allocator's cache; KV memory comes from what the driver has left.
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    reserved_bytes = total_bytes - int(total_bytes * memory_fraction)
+    graph_bytes = num_graph_sizes * CUDA_GRAPH_SIZE_BYTES
+    ledger = {
+        "weights and buffers": torch.cuda.memory_allocated(device),
+        "driver and libraries": total_bytes - free_bytes - torch.cuda.memory_reserved(device),
+        "largest step": peak_bytes,
+        "graphs": graph_bytes,
+        "kept free": CUDA_SPARE_BYTES + reserved_bytes,
+    }
+    kv_bytes = max(0, free_bytes - reserved_bytes - peak_bytes - graph_bytes - CUDA_SPARE_BYTES)
+    ledger["keys and values"] = kv_bytes
+    logger.info("GPU memory: %s", ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in ledger.items()))
+    return kv_bytes
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:

@@ -1,4 +1,4 @@
-"""One step of the model: apply the plan's changes, prepare, run the forward pass, sample.
+"""One step of the model: apply the plan's changes, lay the step out, give it to the device, take its tokens.
 
 Owns the batch and the KV memory. Executes plans and has no say in them. Called from one thread alone.
 """
@@ -6,32 +6,20 @@ Owns the batch and the KV memory. Executes plans and has no say in them. Called 
 import gc
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
+from text_generation_proto.columns import Int32Array
 
-from text_generation_shard.forward_context import ForwardContext, forward_context
-from text_generation_shard.input_batch import BatchLimits, InputBatch, StepInputs
+from text_generation_shard.execution import Execution, RunningStep
+from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_caches
 from text_generation_shard.progress import ProgressFile
-from text_generation_shard.sampler import sample_tokens
 from text_generation_shard.step import StepPlan, StepResult
+from text_generation_shard.step_inputs import BatchLimits, StepInputs
 from text_generation_shard.warm_up import KvBudget, WarmUpLimits, WarmUpOutcome, num_kv_blocks, run_worst_case
 
 NOT_FINITE = "the model's output for this sequence is not a finite number"
-
-
-class CausalModel(Protocol):
-    """What the runner asks of a model."""
-
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the step's tokens, [num_tokens, hidden_size]."""
-        ...
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, [num_rows, vocab_size], on every rank."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -44,12 +32,28 @@ class ModelInfo:
     max_position_embeddings: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was launched and is not finished."""
+
+    step: int
+    failures: dict[int, str]  # of sequences that the plan's changes were refused for
+    started_ns: int
+    inputs: StepInputs | None = None  # None: nothing is computed
+    sequence_ids: Int32Array | None = None  # of the sampling rows
+    running: RunningStep | None = None
+
+    def is_done(self) -> bool:
+        """Whether finishing it waits for nothing."""
+        return self.running is None or self.running.is_done()
+
+
 class ModelRunner:
     """Runs steps once `warm_up` has sized the KV memory."""
 
     def __init__(
         self,
-        model: CausalModel,
+        execution: Execution,
         info: ModelInfo,
         layout: KvLayout,
         budget: KvBudget,
@@ -58,7 +62,7 @@ class ModelRunner:
     ) -> None:
         self.info = info
         self.layout = layout
-        self._model = model
+        self._execution = execution
         self._budget = budget
         self._device = device
         self._progress = progress
@@ -71,6 +75,11 @@ class ModelRunner:
         """Whether KV memory stands and steps can run."""
         return self._batch is not None
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the one ahead of it is finished."""
+        return self._execution.overlaps
+
     @torch.inference_mode()
     def warm_up(self, limits: WarmUpLimits) -> WarmUpOutcome:
         """Run the worst case, then allocate KV memory.
@@ -80,31 +89,38 @@ class ModelRunner:
         assert self._batch is None, "KV memory is allocated once"
         limits.check(self.info.max_position_embeddings)
         started = time.perf_counter_ns()
-        run_worst_case(self.forward, limits, self.layout, self._device, self.info.max_position_embeddings)
+        longest = limits.max_sequence_length or self.info.max_position_embeddings
+        run_worst_case(self._execution, self._batch_limits(limits, 1, longest), self.layout, self._device)
         worst_case_ns = time.perf_counter_ns() - started
         self._progress.note_worst_case(worst_case_ns)
         num_blocks = num_kv_blocks(limits, self.layout, self._budget, self._device)
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
-        longest = limits.max_sequence_length or self.info.max_position_embeddings
-        self._batch = InputBatch(
-            BatchLimits(
-                vocab_size=self.info.vocab_size,
-                block_size=self.layout.block_size,
-                num_blocks=num_blocks,
-                max_num_sequences=limits.max_num_sequences,
-                max_step_tokens=limits.max_step_tokens,
-                max_sequence_length=min(longest, num_blocks * self.layout.block_size),
-            )
-        )
+        batch_limits = self._batch_limits(limits, num_blocks, min(longest, num_blocks * self.layout.block_size))
+        self._execution.start(batch_limits, self._kv_caches)
+        self._batch = InputBatch(batch_limits, has_device_tables=self._device.type != "cpu")
         # What stands now stays for good. From here on garbage is collected between steps only.
         gc.collect()
         gc.freeze()
         gc.disable()
         return WarmUpOutcome(num_blocks, worst_case_ns)
 
-    @torch.inference_mode()
+    def _batch_limits(self, limits: WarmUpLimits, num_blocks: int, max_sequence_length: int) -> BatchLimits:
+        return BatchLimits(
+            vocab_size=self.info.vocab_size,
+            block_size=self.layout.block_size,
+            num_blocks=num_blocks,
+            max_num_sequences=limits.max_num_sequences,
+            max_step_tokens=limits.max_step_tokens,
+            max_sequence_length=max_sequence_length,
+        )
+
     def run_step(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises PlanError for a plan that breaks the protocol; what else it raises is fatal."""
+        """Launch a step and finish it."""
+        return self.finish(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepInFlight:
+        """Give the device a step. Raises PlanError for a plan against the protocol; what else it raises is fatal."""
         started = time.perf_counter_ns()
         batch = self._batch
         assert batch is not None, "warm-up comes first"
@@ -112,51 +128,37 @@ class ModelRunner:
         inputs = batch.prepare(plan)
         if inputs is None:
             self._progress.start(plan.step, 0, 0)
-            self._progress.end()
-            return StepResult(plan.step, failures=failures, step_ns=time.perf_counter_ns() - started)
-
+            return StepInFlight(plan.step, failures, started)
         self._progress.start(plan.step, inputs.num_tokens, int(inputs.sequence_lengths.sum(dtype=np.int64)))
-        forward_started = time.perf_counter_ns()
-        logits = self.forward(inputs, self._kv_caches)
-        forward_ended = time.perf_counter_ns()
-        sampled = sample_tokens(logits, batch, inputs)
-        sample_ended = time.perf_counter_ns()
-        sequence_ids = batch.advance(inputs, sampled.token_ids, sampled.is_valid)
-        self._progress.end()
+        running = self._execution.launch(inputs, batch)
         self._has_garbage = True
+        return StepInFlight(plan.step, failures, started, inputs, batch.advance(inputs), running)
 
-        failures.update(dict.fromkeys(sequence_ids[~sampled.is_valid].tolist(), NOT_FINITE))
+    def finish(self, step: StepInFlight) -> StepResult:
+        """The result of a launched step; steps are finished in the order in which they were launched."""
+        failures = step.failures
+        if step.running is None:
+            self._progress.end()
+            return StepResult(step.step, failures=failures, step_ns=time.perf_counter_ns() - step.started_ns)
+        assert self._batch is not None
+        assert step.inputs is not None
+        assert step.sequence_ids is not None
+        output = step.running.wait()
+        is_told = self._batch.settle(step.inputs, step.sequence_ids, output.token_ids, output.is_valid)
+        self._progress.end()
+        failures.update(dict.fromkeys(step.sequence_ids[is_told & ~output.is_valid].tolist(), NOT_FINITE))
+        is_sampled = is_told & output.is_valid
         return StepResult(
-            step=plan.step,
-            sequence_ids=sequence_ids[sampled.is_valid],
-            token_ids=sampled.token_ids[sampled.is_valid].astype(np.int32),
-            logprobs=sampled.logprobs[sampled.is_valid],
+            step=step.step,
+            sequence_ids=step.sequence_ids[is_sampled],
+            token_ids=output.token_ids[is_sampled].astype(np.int32),
+            logprobs=output.logprobs[is_sampled],
             failures=failures,
-            num_tokens=inputs.num_tokens,
-            forward_ns=forward_ended - forward_started,
-            sample_ns=sample_ended - forward_ended,
-            step_ns=time.perf_counter_ns() - started,
+            num_tokens=step.inputs.num_tokens,
+            forward_ns=output.forward_ns,
+            sample_ns=output.sample_ns,
+            step_ns=time.perf_counter_ns() - step.started_ns,
         )
-
-    def forward(self, inputs: StepInputs, kv_caches: KvCaches) -> torch.Tensor | None:
-        """Logits of the sampling rows; None where no row samples."""
-        context = ForwardContext(
-            slot_mapping=self._to_device(inputs.slot_mapping),
-            block_tables=self._to_device(inputs.block_tables),
-            query_starts=self._to_device(inputs.query_starts),
-            sequence_lengths=self._to_device(inputs.sequence_lengths),
-            max_query_length=inputs.max_query_length,
-            max_sequence_length=inputs.max_sequence_length,
-            kv_caches=kv_caches,
-        )
-        with forward_context(context):
-            hidden = self._model(self._to_device(inputs.input_ids), self._to_device(inputs.positions))
-        num_samples = len(inputs.sampling_indices)
-        if not num_samples:
-            return None
-        if num_samples < inputs.num_tokens:
-            hidden = hidden[self._to_device(inputs.sampling_indices)]
-        return self._model.compute_logits(hidden)
 
     def clear(self) -> None:
         """Drop every sequence; the KV memory stays."""
@@ -172,6 +174,3 @@ class ModelRunner:
     def report_failure(self) -> None:
         """Show in the progress file that this rank is lost."""
         self._progress.fail()
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)

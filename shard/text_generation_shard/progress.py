@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 _NUM_BYTES = 32
@@ -56,7 +57,8 @@ class ProgressFile:
         if sys.byteorder != "little":
             raise RuntimeError("the progress file needs a little-endian machine")
         self._times = StepTimes()
-        self._size_class = (0, 0)
+        # Steps given to the device and not ended: number, size class. The oldest is the one that runs.
+        self._steps: deque[tuple[int, tuple[int, int]]] = deque()
         path = Path(run_folder) / f"progress-{rank}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -71,18 +73,28 @@ class ProgressFile:
         self._times.worst_case_ns = duration_ns
 
     def start(self, step: int, num_tokens: int, num_attended_tokens: int) -> None:
-        """A step starts that computes `num_tokens` and reads the keys and values of `num_attended_tokens`."""
-        self._size_class = (num_tokens.bit_length(), num_attended_tokens.bit_length())
-        now = time.monotonic_ns()
-        self._words[_DEADLINE] = now + self._times.allowance_ns(self._size_class)
-        self._words[_STEP] = step
-        self._words[_STARTED] = now
+        """A step starts that computes `num_tokens` and reads the keys and values of `num_attended_tokens`.
+
+        One that is started before the step ahead of it has ended shows once that has.
+        """
+        self._steps.append((step, (num_tokens.bit_length(), num_attended_tokens.bit_length())))
+        if len(self._steps) == 1:
+            self._show(time.monotonic_ns())
 
     def end(self) -> None:
-        """The step has ended."""
+        """The oldest step has ended."""
         now = time.monotonic_ns()
-        self._times.record(self._size_class, now - self._words[_STARTED])
+        _, size_class = self._steps.popleft()
+        self._times.record(size_class, now - self._words[_STARTED])
         self._words[_ENDED] = now
+        if self._steps:
+            self._show(now + 1)
+
+    def _show(self, started_ns: int) -> None:
+        step, size_class = self._steps[0]
+        self._words[_DEADLINE] = started_ns + self._times.allowance_ns(size_class)
+        self._words[_STEP] = step
+        self._words[_STARTED] = started_ns
 
     def fail(self) -> None:
         """The rank is about to exit: whatever it was doing is overdue from now on."""

@@ -1,6 +1,6 @@
-"""Logits -> token ids and log-probabilities, the same on every rank. Rows stand alone: one cannot hurt another."""
+"""Logits -> tokens and log-probabilities on a CPU, on every rank the same. Rows stand alone: none can hurt another."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,14 +8,14 @@ from text_generation_kernels import reference
 from text_generation_proto.columns import Float32Array
 
 from text_generation_shard import distributed
-from text_generation_shard.input_batch import BoolArray, InputBatch, Int64Array, StepInputs
+from text_generation_shard.input_batch import InputBatch
+from text_generation_shard.step_inputs import BoolArray, Int64Array, StepInputs
 
 # Stands for the token of a row that has none.
 NO_TOKEN = -1
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
+class SampledTokens(NamedTuple):
     """One token for each sampling row of a step."""
 
     token_ids: Int64Array  # [num_samples]
@@ -33,10 +33,8 @@ def sample_tokens(logits: torch.Tensor | None, batch: InputBatch, inputs: StepIn
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.zeros(len(logits), device=logits.device)
     tokens = distributed.broadcast(tokens)
-    # The step's one read from the device; a double holds every token id and every float32 exactly.
-    chosen = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
-    token_ids = chosen[0].astype(np.int64)
-    return SampledTokens(token_ids, chosen[1].astype(np.float32), token_ids != NO_TOKEN)
+    token_ids = tokens.numpy()
+    return SampledTokens(token_ids, logprobs.numpy(), token_ids != NO_TOKEN)
 
 
 def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,13 @@ from typing import cast
 import torch
 
 from text_generation_shard import distributed
-from text_generation_shard.config import ShardConfig
+from text_generation_shard.config import ShardConfig, graph_sizes
+from text_generation_shard.execution import CausalModel, Execution
 from text_generation_shard.kv_cache import KvLayout
+from text_generation_shard.layers.partition import WeightForm
 from text_generation_shard.logs import Timeline
 from text_generation_shard.model_config import ModelConfig, load_model_config
-from text_generation_shard.model_runner import CausalModel, ModelInfo, ModelRunner
+from text_generation_shard.model_runner import ModelInfo, ModelRunner
 from text_generation_shard.progress import ProgressFile
 from text_generation_shard.server import ShardServer, ShardService
 from text_generation_shard.step_loop import StepLoop
@@ -51,6 +53,13 @@ def _computes_in_bfloat16() -> bool:
     return platform.machine() == "x86_64" and "avx512_bf16" in flags
 
 
+def choose_form(configured_dtype: str | None, device: torch.device) -> WeightForm:
+    """A CPU multiplies with the few bits a checkpoint has, unless a type was asked for: then with that type alone."""
+    if device.type != "cpu":
+        return WeightForm.PLAIN
+    return WeightForm.QUANTISED if configured_dtype is None else WeightForm.PACKED
+
+
 def serve(config: ShardConfig, timeline: Timeline) -> None:
     """Run the shard until SIGTERM or SIGINT; raises what ended it otherwise."""
     if config.num_threads:
@@ -61,15 +70,19 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     dtype = choose_dtype(config.dtype, model_config.dtype, device)
     distributed.join_group(config.rank, config.world_size, config.master_addr, config.master_port, device)
     timeline.phase_ends("group")
-    model = load_model(model_config, config.weight_files, dtype, device, config.rank, config.world_size)
+    form = choose_form(config.dtype, device)
+    model = load_model(model_config, config.weight_files, dtype, device, config.rank, config.world_size, form)
     timeline.phase_ends("weights")
 
     progress = ProgressFile(config.run_folder, config.rank)
+    layout = KvLayout(
+        model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype
+    )
     runner = ModelRunner(
-        cast(CausalModel, model),
+        _execution(cast(CausalModel, model), model_config, layout, config, device),
         _model_info(model_config, device),
-        KvLayout(model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype),
-        KvBudget(config.cpu_kv_bytes),
+        layout,
+        KvBudget(config.cpu_kv_bytes, config.cuda_memory_fraction, len(graph_sizes(config.cuda_graphs))),
         device,
         progress,
     )
@@ -88,6 +101,25 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     # Not after an error: leaving can wait for a collective that will never end.
     distributed.leave_group()
     progress.close()
+
+
+def _execution(
+    model: CausalModel, model_config: ModelConfig, layout: KvLayout, config: ShardConfig, device: torch.device
+) -> Execution:
+    """The device's way to run steps; what only a GPU needs is imported for a GPU alone."""
+    if device.type == "cpu":
+        from text_generation_shard.cpu_execution import CpuExecution
+
+        return CpuExecution(model)
+    from text_generation_kernels.attention_settings import AttentionShape
+
+    from text_generation_shard.cuda_graphs import CudaRecorder
+    from text_generation_shard.gpu_execution import GpuExecution, GpuModel
+
+    num_heads = model_config.num_heads // config.world_size
+    shape = AttentionShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, layout.dtype)
+    gpu_model = GpuModel(model, shape, model_config.hidden_size, layout.dtype, model_config.sliding_windows)
+    return GpuExecution(gpu_model, device, CudaRecorder(device), graph_sizes(config.cuda_graphs))
 
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:

@@ -5,13 +5,14 @@ Torch keeps its thread pool and the GPU its stream per thread, so everything tha
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from text_generation_shard.model_runner import ModelRunner
+from text_generation_shard.model_runner import ModelRunner, StepInFlight
 from text_generation_shard.step import PlanError, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ MAX_PLANS_IN_FLIGHT = 2
 # A signal that arrives in the instant before the queue's wait begins does not end that wait: Python runs its handler
 # once the wait is over.
 SIGNAL_POLL_S = 0.2
+
+# How often the loop looks whether the device has ended a step, while it waits for the plan of the next one.
+DEVICE_POLL_S = 0.0002
 
 
 def _do_nothing() -> None:
@@ -70,6 +74,7 @@ class StepLoop:
         self._sends_results = sends_results
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_stopping = False
+        self._in_flight: deque[tuple[PlanStream, StepInFlight]] = deque()
         self._stream: PlanStream | None = None
         self._stream_changes = threading.Condition()
 
@@ -78,6 +83,7 @@ class StepLoop:
         try:
             while not self._is_stopping:
                 self._next_task()()
+            self._finish_all()
         except BaseException as error:
             self.runner.report_failure()
             self._end_stream(FatalError(f"the shard failed: {error}"))
@@ -85,11 +91,21 @@ class StepLoop:
         self._end_stream(FatalError("the shard is shutting down"))
 
     def _next_task(self) -> Callable[[], None]:
-        """The next task, or one that does nothing after a while."""
+        """The next task; finishing the oldest step if that comes first, or if no more may be launched before."""
+        if not self._in_flight:
+            return self._wait_for_task(SIGNAL_POLL_S) or _do_nothing
+        if len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
+            _, oldest = self._in_flight[0]
+            while not oldest.is_done():
+                if task := self._wait_for_task(DEVICE_POLL_S):
+                    return task
+        return self._finish_oldest
+
+    def _wait_for_task(self, timeout_s: float) -> Callable[[], None] | None:
         try:
-            return self._tasks.get(timeout=SIGNAL_POLL_S)
+            return self._tasks.get(timeout=timeout_s)
         except Empty:
-            return _do_nothing
+            return None
 
     def stop(self) -> None:
         """End `run` after the task it is in. Safe in a signal handler."""
@@ -116,7 +132,7 @@ class StepLoop:
             if not self._stream_changes.wait_for(self._has_no_stream, timeout_s):
                 return False
             self._stream = stream
-        self._tasks.put(self.runner.clear)
+        self._tasks.put(self._start_afresh)
         return True
 
     def close(self, stream: PlanStream) -> None:
@@ -138,23 +154,42 @@ class StepLoop:
         stream.slots.acquire()
         self._tasks.put(partial(self._run_plan, stream, plan))
 
+    def _start_afresh(self) -> None:
+        """Drop what an earlier stream left behind."""
+        self._finish_all()
+        self.runner.clear()
+
     def _run_plan(self, stream: PlanStream, plan: StepPlan | PlanError | None) -> None:
         if stream.is_ended:
             return
         if not isinstance(plan, StepPlan):
+            self._finish_all()
             stream.end(plan)
             return
         try:
             if plan.step != stream.last_step + 1:
                 raise PlanError(f"step {plan.step} follows step {stream.last_step}")
             stream.last_step = plan.step
-            result = self.runner.run_step(plan)
+            self._in_flight.append((stream, self.runner.launch(plan)))
         except PlanError as error:
             logger.error("Step %d breaks the protocol: %s", plan.step, error)
+            self._finish_all()
             stream.end(error)
+            return
+        if not self.runner.overlaps:
+            self._finish_oldest()
+
+    def _finish_all(self) -> None:
+        while self._in_flight:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        stream, step = self._in_flight.popleft()
+        result = self.runner.finish(step)
+        if stream.is_ended:
             return
         if self._sends_results:
             stream.put(result)
         stream.slots.release()
-        if not result.num_tokens:
+        if not result.num_tokens and not self._in_flight:
             self.runner.collect_garbage()

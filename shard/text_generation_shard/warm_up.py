@@ -1,23 +1,20 @@
 """The worst case the limits allow, run before KV memory is sized, and the number of blocks that then fit."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from text_generation_shard import distributed
-from text_generation_shard.input_batch import StepInputs
-from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_caches, cpu_kv_bytes, cuda_kv_bytes
+from text_generation_shard.execution import Execution
+from text_generation_shard.kv_cache import KvLayout, allocate_kv_caches, cpu_kv_bytes, cuda_kv_bytes
+from text_generation_shard.step_inputs import BatchLimits
 
 logger = logging.getLogger(__name__)
 
 # Bounds of the limits themselves: columns of this many rows are allocated from them.
 MAX_STEP_TOKENS = 2**20
 MAX_NUM_SEQUENCES = 2**16
-
-Forward = Callable[[StepInputs, KvCaches], torch.Tensor | None]
 
 
 class WarmUpError(Exception):
@@ -30,6 +27,7 @@ class KvBudget:
 
     cpu_bytes: int = 0  # of this rank; 0: a default by the machine's memory
     cuda_memory_fraction: float = 1.0
+    num_graph_sizes: int = 0  # on a GPU: graphs are recorded after the KV memory has been sized
 
 
 @dataclass(frozen=True)
@@ -59,52 +57,18 @@ class WarmUpOutcome:
     """What warm-up found."""
 
     num_blocks: int
-    worst_case_ns: int  # time of the largest prefill and the largest decode together
+    worst_case_ns: int  # time of the largest steps together
 
 
-def run_worst_case(
-    forward: Forward, limits: WarmUpLimits, layout: KvLayout, device: torch.device, max_position_embeddings: int
-) -> None:
-    """Run the largest prefill and the largest decode batch, on a cache of one block that all of them share."""
-    scratch = allocate_kv_caches(layout, 1, device)
-    longest = limits.max_sequence_length or max_position_embeddings
-    num_tokens = limits.max_step_tokens
+def run_worst_case(execution: Execution, limits: BatchLimits, layout: KvLayout, device: torch.device) -> None:
+    """Run the largest steps on a cache of one block that all sequences share; raises WarmUpError."""
     try:
-        # A step's tokens may all belong to one sequence; what is beyond its longest, to the next ones.
-        num_prefills = -(-num_tokens // longest)
-        lengths = np.full(num_prefills, longest, np.int32)
-        lengths[-1] = num_tokens - longest * (num_prefills - 1)
-        forward(dummy_inputs(lengths, layout.block_size), scratch)
-        decodes = np.ones(min(limits.max_num_sequences, num_tokens), np.int32)
-        forward(dummy_inputs(decodes, layout.block_size), scratch)
+        execution.run_worst_case(limits, allocate_kv_caches(layout, 1, device))
     except torch.OutOfMemoryError:
         raise WarmUpError(
-            f"a step of {num_tokens} tokens or {limits.max_num_sequences} sequences does not fit the memory of"
-            f" {device}; lower max_batch_prefill_tokens or max_batch_size"
+            f"a step of {limits.max_step_tokens} tokens or {limits.max_num_sequences} sequences does not fit the memory"
+            f" of {device}; lower max_batch_prefill_tokens or max_batch_size"
         ) from None
-
-
-def dummy_inputs(query_lengths: np.ndarray, block_size: int) -> StepInputs:
-    """A step of fresh sequences that all lie in block 0 and all sample."""
-    query_starts = np.zeros(len(query_lengths) + 1, np.int32)
-    np.cumsum(query_lengths, out=query_starts[1:])
-    positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1], query_lengths)
-    longest = int(query_lengths.max())
-    rows = np.arange(len(query_lengths))
-    return StepInputs(
-        rows=rows,
-        input_ids=np.zeros(len(positions), np.int64),
-        positions=positions,
-        slot_mapping=positions % block_size,
-        query_starts=query_starts,
-        sequence_lengths=query_lengths,
-        block_tables=np.zeros((len(rows), -(-longest // block_size)), np.int32),
-        max_query_length=longest,
-        max_sequence_length=longest,
-        sampling_rows=rows,
-        sampling_indices=query_starts[1:].astype(np.int64) - 1,
-        sampling_positions=query_lengths.astype(np.int64),
-    )
 
 
 def num_kv_blocks(limits: WarmUpLimits, layout: KvLayout, budget: KvBudget, device: torch.device) -> int:
@@ -112,7 +76,7 @@ def num_kv_blocks(limits: WarmUpLimits, layout: KvLayout, budget: KvBudget, devi
     if device.type == "cpu":
         num_bytes = cpu_kv_bytes(budget.cpu_bytes, distributed.world_size())
     else:
-        num_bytes = cuda_kv_bytes(budget.cuda_memory_fraction, device)
+        num_bytes = cuda_kv_bytes(budget.cuda_memory_fraction, budget.num_graph_sizes, device)
     num_blocks = distributed.all_reduce_min(num_bytes // layout.bytes_per_block)
     num_tokens = num_blocks * layout.block_size
     limit = "the memory for keys and values"

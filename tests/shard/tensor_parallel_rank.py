@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import save_file
+from text_generation_kernels.paged_attention import AttentionBatch
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.model_config import load_model_config
@@ -17,11 +18,13 @@ TOKENS = [5, 99, 0, 100, 41, 7, 7, 63, 12]
 def context(position: int, count: int, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> ForwardContext:
     return ForwardContext(
         slot_mapping=torch.arange(position, position + count),
-        block_tables=torch.arange(3, dtype=torch.int32)[None],
-        query_starts=torch.tensor([0, count], dtype=torch.int32),
-        sequence_lengths=torch.tensor([position + count], dtype=torch.int32),
-        max_query_length=count,
-        max_sequence_length=position + count,
+        attention=AttentionBatch(
+            block_tables=torch.arange(3, dtype=torch.int32)[None],
+            query_starts=torch.tensor([0, count], dtype=torch.int32),
+            sequence_lengths=torch.tensor([position + count], dtype=torch.int32),
+            max_query_length=count,
+            max_sequence_length=position + count,
+        ),
         kv_caches=caches,
     )
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_generation_shard.input_batch import BatchLimits, InputBatch, StepInputs
+from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.step import NewSequence, PlanError, StepPlan
+from text_generation_shard.step_inputs import BatchLimits, StepInputs
 
 LIMITS = BatchLimits(
     vocab_size=100, block_size=4, num_blocks=64, max_num_sequences=5, max_step_tokens=40, max_sequence_length=32
@@ -133,7 +134,8 @@ def check_inputs(batch: InputBatch, naive: NaiveBatch, work: dict[int, int], inp
         length = positions[-1] + 1
         assert inputs.sequence_lengths[index] == length
         num_blocks = -(-length // 4)
-        assert inputs.block_tables[index, :num_blocks].tolist() == sequence.blocks[:num_blocks]
+        assert batch.tables(inputs)[index, :num_blocks].tolist() == sequence.blocks[:num_blocks]
+        assert inputs.is_decoding[index] == sequence.is_decoding
         if length == len(sequence.tokens):
             sampling.append((sequence_id, end - 1, length, sequence.seed))
     rows = inputs.sampling_rows
@@ -146,7 +148,8 @@ def check_inputs(batch: InputBatch, naive: NaiveBatch, work: dict[int, int], inp
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_run_of_plans_computes_what_the_naive_model_says(data: st.DataObject) -> None:
-    batch, naive = InputBatch(LIMITS), NaiveBatch(data.draw)
+    batch, naive = InputBatch(LIMITS, has_device_tables=True), NaiveBatch(data.draw)
+    on_device = np.zeros_like(batch.block_tables).reshape(-1)
     for step in range(1, data.draw(st.integers(2, 14)) + 1):
         plan, work = naive.plan(step)
         assert batch.apply(plan) == {}
@@ -155,11 +158,17 @@ def test_any_run_of_plans_computes_what_the_naive_model_says(data: st.DataObject
         if inputs is None:
             continue
         check_inputs(batch, naive, work, inputs)
+        places, blocks = batch.take_table_changes()
+        on_device[places] = blocks
+        num_blocks = -(-inputs.max_sequence_length // LIMITS.block_size)
+        mirrored = on_device.reshape(batch.block_tables.shape)[inputs.rows, :num_blocks]
+        needed = np.arange(num_blocks) * LIMITS.block_size < inputs.sequence_lengths[:, None]
+        assert (mirrored == batch.tables(inputs))[needed].all()
         sampled_ids = batch.sequence_ids[inputs.sampling_rows].tolist()
         tokens = [data.draw(st.integers(0, 99)) for _ in sampled_ids]
         is_valid = [data.draw(st.integers(0, 7)) != 0 for _ in sampled_ids]
-        answered = batch.advance(inputs, np.array(tokens, np.int64), np.array(is_valid, np.bool_))
-        assert answered.tolist() == sampled_ids
+        answered = settle(batch, inputs, tokens, is_valid)
+        assert answered == sampled_ids
         for sequence_id, count in work.items():
             naive.running[sequence_id].num_computed += count
         for sequence_id, token, valid in zip(sampled_ids, tokens, is_valid, strict=True):
@@ -169,6 +178,13 @@ def test_any_run_of_plans_computes_what_the_naive_model_says(data: st.DataObject
                 del naive.running[sequence_id]
                 naive.failed.add(sequence_id)
         assert batch.num_sequences == len(naive.running)
+
+
+def settle(batch: InputBatch, inputs: StepInputs, tokens: list[int], is_valid: list[bool]) -> list[int]:
+    """Finish a step at once; the ids that the router is told of."""
+    sequence_ids = batch.advance(inputs)
+    is_told = batch.settle(inputs, sequence_ids, np.array(tokens, np.int64), np.array(is_valid, np.bool_))
+    return sequence_ids[is_told].tolist()
 
 
 def new(sequence_id: int = 1, **changes: object) -> NewSequence:
@@ -242,7 +258,7 @@ def test_a_decoding_sequence_without_room_is_refused() -> None:
     batch.apply(plan)
     inputs = batch.prepare(plan)
     assert inputs is not None
-    batch.advance(inputs, np.array([8]), np.array([True]))
+    settle(batch, inputs, [8], [True])
     with pytest.raises(PlanError, match="room for 5 tokens"):
         batch.prepare(plan_of())
 
@@ -268,7 +284,7 @@ def test_a_sequence_that_cannot_be_computed_fails_alone(sequence: NewSequence) -
     inputs = batch.prepare(plan)
     assert inputs is not None
     assert inputs.input_ids.tolist() == [5, 6, 7]
-    assert batch.advance(inputs, np.array([8]), np.array([True])).tolist() == [2]
+    assert settle(batch, inputs, [8], [True]) == [2]
     # The router may name it until it has heard, and then removes it: once.
     later = plan_of(grown_sequence_ids=[1], grown_num_blocks=[1], grown_block_ids=[3])
     assert batch.apply(later) == {}
@@ -283,3 +299,30 @@ def test_clear_forgets_every_sequence() -> None:
     batch.clear()
     assert batch.prepare(plan_of()) is None
     assert list(batch.apply(plan_of(new_sequences=(new(1), new(2))))) == []
+
+
+def test_a_step_that_was_launched_before_the_one_ahead_of_it_ended() -> None:
+    """Two steps are under way: the second knows lengths, not tokens, and what became of its rows comes later."""
+    batch = InputBatch(LIMITS)
+    batch.apply(plan_of(new_sequences=(new(1), new(2, block_ids=ints([1])))))
+    first = batch.prepare(plan_of(prefill_sequence_ids=[1, 2], prefill_num_tokens=[3, 3]))
+    assert first is not None
+    ahead = batch.advance(first)
+    second = batch.prepare(plan_of())
+    assert second is not None
+    assert second.positions.tolist() == [3, 3]
+    assert second.is_decoding.tolist() == [True, True]
+    behind = batch.advance(second)
+    tokens, valid, invalid = np.array([8, 9]), np.array([True, True]), np.array([False, True])
+    assert batch.settle(first, ahead, tokens, invalid).tolist() == [True, True]
+    # Sequence 1 failed in the first step: the second computed it in vain, and nothing more is said of it.
+    assert batch.settle(second, behind, tokens, invalid).tolist() == [False, True]
+    assert batch.apply(plan_of(removed_sequence_ids=[1])) == {}
+    # Sequence 2 is preempted while a step is under way: its token counts all the same, and its row is free.
+    batch.apply(plan_of(grown_sequence_ids=[2], grown_num_blocks=[1], grown_block_ids=[2]))
+    third = batch.prepare(plan_of())
+    assert third is not None
+    last = batch.advance(third)
+    batch.apply(plan_of(removed_sequence_ids=[2], new_sequences=(new(3),)))
+    assert batch.settle(third, last, np.array([7]), valid[:1]).tolist() == [True]
+    assert batch.last_token_ids[0] == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from text_generation_shard.cpu_execution import CpuExecution
 from text_generation_shard.forward_context import get_forward_context
 from text_generation_shard.kv_cache import KvLayout
 from text_generation_shard.model_runner import ModelInfo, ModelRunner
@@ -31,7 +32,7 @@ class Formula:
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         context = get_forward_context()
-        self.query_lengths.append(context.query_starts.diff().tolist())
+        self.query_lengths.append(context.attention.query_starts.diff().tolist())
         self.num_cache_blocks.append(len(context.kv_caches[0][0]))
         if (input_ids == DEVICE_ERROR_TOKEN).any():
             raise RuntimeError("the device is lost")
@@ -67,7 +68,7 @@ def make_runner(folder: Path, num_blocks: int = 10) -> tuple[ModelRunner, Formul
     model = Formula()
     info = ModelInfo("formula", "cpu", VOCAB_SIZE, max_position_embeddings=64)
     budget = KvBudget(cpu_bytes=num_blocks * LAYOUT.bytes_per_block)
-    runner = ModelRunner(model, info, LAYOUT, budget, torch.device("cpu"), ProgressFile(folder, 0))
+    runner = ModelRunner(CpuExecution(model), info, LAYOUT, budget, torch.device("cpu"), ProgressFile(folder, 0))
     return runner, model
 
 

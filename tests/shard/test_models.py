@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from text_generation_kernels.paged_attention import AttentionBatch
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.weights import load_model
@@ -106,11 +107,13 @@ class PagedBatch:
             self.num_computed[row] = end
         context = ForwardContext(
             slot_mapping=torch.tensor(slots),
-            block_tables=self.tables[list(num_tokens)],
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            sequence_lengths=torch.tensor(lengths, dtype=torch.int32),
-            max_query_length=max(num_tokens.values()),
-            max_sequence_length=max(lengths),
+            attention=AttentionBatch(
+                block_tables=self.tables[list(num_tokens)],
+                query_starts=torch.tensor(starts, dtype=torch.int32),
+                sequence_lengths=torch.tensor(lengths, dtype=torch.int32),
+                max_query_length=max(num_tokens.values()),
+                max_sequence_length=max(lengths),
+            ),
             kv_caches=self.caches,
         )
         with torch.inference_mode(), forward_context(context):

@@ -1,7 +1,8 @@
 """Self-attention over paged KV memory: projections, rotary embedding, the cache, the output product."""
 
 import torch
-from text_generation_kernels import reference
+from text_generation_kernels.paged_attention import paged_attention
+from text_generation_kernels.rotary_kv_write import rotary_kv_write
 from torch import nn
 
 from text_generation_shard.forward_context import get_forward_context
@@ -28,35 +29,25 @@ class Attention(nn.Module):
             config.hidden_size, (query_size, kv_size, kv_size), config.has_qkv_bias, partition
         )
         self.output = RowParallelLinear(query_size, config.hidden_size, config.has_output_bias, partition)
+        self.norm_eps = config.rms_norm_eps
         self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps, partition) if config.has_qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, partition) if config.has_qk_norm else None
         self.rotary = rotary
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Write this step's keys and values, attend to all of the sequence's."""  # [T, hidden] -> [T, hidden]
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self.rotary(query, key, positions)
-        return self.output(self._attend(query, key, value).flatten(1))  # type: ignore[no-any-return]
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         context = get_forward_context()
         key_cache, value_cache = context.kv_caches[self.layer]
-        reference.write_kv(key, value, key_cache, value_cache, context.slot_mapping)
-        return reference.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            context.block_tables,
-            context.query_starts,
-            context.sequence_lengths,
-            context.max_query_length,
-            context.max_sequence_length,
-            self.scale,
-            self.sliding_window,
-        )
+        query_norm, key_norm = (None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm))
+        query = rotary_kv_write(
+            self.qkv(x), positions, self.rotary.cos_sin_cache, key_cache, value_cache, context.slot_mapping,
+            query_norm, key_norm, self.norm_eps,
+        )  # fmt: skip
+        output = paged_attention(
+            query, key_cache, value_cache, context.attention, self.scale, self.sliding_window,
+            workspace=context.workspaces.get(self.sliding_window),
+        )  # fmt: skip
+        return self.output(output.flatten(1))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""

@@ -1,7 +1,7 @@
 """The gated MLP: gate and up in one product, silu, then down."""
 
 import torch
-from text_generation_kernels import reference
+from text_generation_kernels.gated_activation import silu_and_mul
 from torch import nn
 
 from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -20,7 +20,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""
-        return self.down(reference.silu_and_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+        return self.down(silu_and_mul(self.gate_up(x)))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's matrices under `name`."""

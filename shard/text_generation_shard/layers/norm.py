@@ -1,7 +1,7 @@
 """Root-mean-square norm, alone or with the residual added first."""
 
 import torch
-from text_generation_kernels import reference
+from text_generation_kernels.rms_norm import add_rms_norm, rms_norm
 from torch import nn
 
 from text_generation_shard.layers.partition import Partition, WeightTarget
@@ -18,11 +18,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The normed input."""
-        return reference.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The normed sum, and the sum."""
-        return reference.add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Target of the checkpoint vector `name` (without `.weight`)."""

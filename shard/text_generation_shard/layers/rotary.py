@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from text_generation_kernels import reference
 from torch import nn
 
 from text_generation_shard.model_config import ModelConfig, RopeConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """One table for all layers, for every position the model was made for."""
+    """One table for all layers, for every position the model was made for; attention reads it."""
 
     cos_sin_cache: torch.Tensor  # [max_position_embeddings, head_dim] float32
 
@@ -23,12 +22,6 @@ class RotaryEmbedding(nn.Module):
         angles = positions.unsqueeze(1) * frequencies.to(device)
         table = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
         self.register_buffer("cos_sin_cache", table, persistent=False)
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query and key rotated to their positions."""
-        return reference.rotary_embedding(query, key, positions, self.cos_sin_cache)
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

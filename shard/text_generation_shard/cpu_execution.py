@@ -1,0 +1,106 @@
+"""Steps on a CPU: at once, with the reference implementation of every operation."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from text_generation_kernels.paged_attention import AttentionBatch
+from text_generation_proto.columns import Int32Array
+
+from text_generation_shard.execution import CausalModel, StepOutput
+from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.input_batch import InputBatch
+from text_generation_shard.kv_cache import KvCaches
+from text_generation_shard.sampler import sample_tokens
+from text_generation_shard.step_inputs import BatchLimits, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step that ended before it could be waited for."""
+
+    output: StepOutput
+
+    def is_done(self) -> bool:
+        """True."""
+        return True
+
+    def wait(self) -> StepOutput:
+        """The step's tokens."""
+        return self.output
+
+
+class CpuExecution:
+    """See `Execution`."""
+
+    overlaps = False
+
+    def __init__(self, model: CausalModel) -> None:
+        self._model = model
+        self._kv_caches: KvCaches = []
+
+    def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
+        """The largest prefill and the largest decode batch."""
+        # A step's tokens may all belong to one sequence; what is beyond its longest, to the next ones.
+        num_tokens, longest = limits.max_step_tokens, limits.max_sequence_length
+        num_prefills = -(-num_tokens // longest)
+        lengths = np.full(num_prefills, longest, np.int32)
+        lengths[-1] = num_tokens - longest * (num_prefills - 1)
+        for query_lengths in (lengths, np.ones(min(limits.max_num_sequences, num_tokens), np.int32)):
+            inputs = fresh_sequences(query_lengths, limits.block_size)
+            num_blocks = -(-inputs.max_sequence_length // limits.block_size)
+            self._forward(inputs, np.zeros((len(query_lengths), num_blocks), np.int32), kv_caches)
+
+    def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
+        """Steps write to and read from these caches."""
+        self._kv_caches = kv_caches
+
+    def launch(self, inputs: StepInputs, batch: InputBatch) -> FinishedStep:
+        """Run a step."""
+        started = time.perf_counter_ns()
+        logits = self._forward(inputs, batch.tables(inputs), self._kv_caches)
+        forward_ended = time.perf_counter_ns()
+        tokens = sample_tokens(logits, batch, inputs)
+        ended = time.perf_counter_ns()
+        return FinishedStep(StepOutput(*tokens, forward_ended - started, ended - forward_ended))
+
+    def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor | None:
+        """Logits of the sampling rows; None where no row samples."""
+        attention = AttentionBatch(
+            block_tables=torch.from_numpy(tables),
+            query_starts=torch.from_numpy(inputs.query_starts),
+            sequence_lengths=torch.from_numpy(inputs.sequence_lengths),
+            max_query_length=inputs.max_query_length,
+            max_sequence_length=inputs.max_sequence_length,
+        )
+        with forward_context(ForwardContext(torch.from_numpy(inputs.slot_mapping), attention, kv_caches)):
+            hidden = self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions))
+        if not inputs.num_samples:
+            return None
+        if inputs.num_samples < inputs.num_tokens:
+            hidden = hidden[torch.from_numpy(inputs.sampling_indices)]
+        return self._model.compute_logits(hidden)
+
+
+def fresh_sequences(query_lengths: Int32Array, block_size: int) -> StepInputs:
+    """A step of new sequences that all lie in block 0 and all sample."""
+    query_starts = np.zeros(len(query_lengths) + 1, np.int32)
+    np.cumsum(query_lengths, out=query_starts[1:])
+    positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1], query_lengths)
+    longest = int(query_lengths.max())
+    rows = np.arange(len(query_lengths))
+    return StepInputs(
+        rows=rows,
+        input_ids=np.zeros(len(positions), np.int64),
+        positions=positions,
+        slot_mapping=positions % block_size,
+        query_starts=query_starts,
+        sequence_lengths=query_lengths,
+        is_decoding=np.zeros(len(rows), np.bool_),
+        max_query_length=longest,
+        max_sequence_length=longest,
+        sampling_rows=rows,
+        sampling_indices=query_starts[1:].astype(np.int64) - 1,
+        sampling_positions=query_lengths.astype(np.int64),
+    )

@@ -1,0 +1,336 @@
+"""Steps on a GPU: sent ahead of their turn, replayed from CUDA graphs, read once when they have ended.
+
+The batch lives on the device: block tables, and each row's last token. A step copies one buffer there, runs the layers
+(recorded by padded number of tokens) and then head and sampling (recorded by padded number of sampling rows), and
+copies the tokens back. Nothing waits for the host in between.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Literal
+
+import numpy as np
+import torch
+from text_generation_kernels.attention_layout import AttentionLayout
+from text_generation_kernels.attention_settings import AttentionShape, attention_layout
+from text_generation_kernels.attention_work import plan_attention
+from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
+from text_generation_kernels.sampling import SamplingParameters, choose_best, sample
+from text_generation_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
+from text_generation_kernels.token_exchange import (
+    NUM_OUTPUT_COLUMNS,
+    publish_tokens,
+    read_tokens,
+    token_of_row,
+)
+
+from text_generation_shard.cuda_graphs import Recorder, Recordings
+from text_generation_shard.execution import CausalModel, StepOutput
+from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.input_batch import InputBatch
+from text_generation_shard.kv_cache import KvCaches
+from text_generation_shard.step_buffers import NUM_HOST_BUFFERS, Array, StepBuffers
+from text_generation_shard.step_inputs import BatchLimits, StepInputs
+
+# Decoding sequences that share at least this many tokens of prefix read them as a group.
+MIN_SHARED_TOKENS = 256
+# Places of the block tables that one copy can change; a step that changes more takes several.
+MAX_TABLE_CHANGES = 1024
+
+# A mixed step has more tokens than sequences; smaller ones are too rare to be recorded.
+LEAST_MIXED_SIZE = 16
+
+Kind = Literal["decode", "mixed"]
+KINDS: tuple[Kind, ...] = ("decode", "mixed")
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """What an execution must know of the model besides how to call it."""
+
+    model: CausalModel
+    shape: AttentionShape
+    hidden_size: int
+    dtype: torch.dtype
+    sliding_windows: Sequence[int | None]  # of each layer
+
+
+class _StepKind:
+    """Attention of decode steps (one token a sequence) or of mixed ones: its layout, plans and partial results."""
+
+    def __init__(
+        self, layout: AttentionLayout, model: GpuModel, buffers: StepBuffers, kind: Kind, device: torch.device
+    ) -> None:
+        self.layout = layout
+        self.workspaces: dict[int | None, AttentionWorkspace] = {
+            window: AttentionWorkspace(
+                layout, model.shape.num_kv_heads, model.shape.head_dim, device, buffers.device[_plan_name(kind, window)]
+            )
+            for window in set(model.sliding_windows)
+        }
+
+
+def _buffers(
+    model: GpuModel, limits: BatchLimits, layouts: dict[Kind, AttentionLayout], device: torch.device
+) -> StepBuffers:
+    num_rows, num_tokens = limits.max_num_sequences, layouts["mixed"].max_tokens
+    columns: dict[str, tuple[type[np.generic], int]] = {
+        "sampling_indices": (np.int32, num_rows),
+        "sampling_rows": (np.int32, num_rows),
+        "temperatures": (np.float32, num_rows),
+        "top_k": (np.int32, num_rows),
+        "top_p": (np.float32, num_rows),
+        "seeds": (np.int64, num_rows),
+        "sampling_positions": (np.int64, num_rows),
+        "changed_places": (np.int64, MAX_TABLE_CHANGES),
+        "changed_blocks": (np.int32, MAX_TABLE_CHANGES),
+        "input_ids": (np.int32, num_tokens),
+        "positions": (np.int32, num_tokens),
+        "slots": (np.int32, num_tokens),
+    }
+    # The plans of mixed steps come last: a decode step is sent without them.
+    for kind in KINDS:
+        columns |= {_plan_name(kind, window): (np.int32, layouts[kind].size) for window in set(model.sliding_windows)}
+    return StepBuffers(columns, device)
+
+
+class _GpuStep:
+    """A step under way; see `RunningStep`."""
+
+    def __init__(self, events: "_Events", host_output: torch.Tensor, num_samples: int) -> None:
+        self._events = events
+        self._host_output = host_output
+        self._num_samples = num_samples
+
+    def is_done(self) -> bool:
+        """Whether the device has ended it."""
+        return self._events.is_done()
+
+    def wait(self) -> StepOutput:
+        """The one read of the step's tokens."""
+        forward_ns, sample_ns = self._events.wait()
+        columns = self._host_output.numpy()[:, : self._num_samples]
+        return StepOutput(
+            token_ids=columns[0].astype(np.int64),
+            logprobs=columns[1].copy().view(np.float32),
+            is_valid=columns[2] != 0,
+            forward_ns=forward_ns,
+            sample_ns=sample_ns,
+        )
+
+
+class _Events:
+    """When a step began, when its layers ended, and when its tokens were copied to the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if is_gpu else []
+        self._times_ns = [0, 0, 0]
+
+    def mark(self, index: int) -> None:
+        """Note the moment that the device reaches this point of its stream."""
+        if self._events:
+            self._events[index].record()
+        else:
+            self._times_ns[index] = time.perf_counter_ns()
+
+    def is_done(self) -> bool:
+        return not self._events or self._events[2].query()
+
+    def wait(self) -> tuple[int, int]:
+        """Nanoseconds of the layers and of the sampling, once both have ended."""
+        if not self._events:
+            begin, middle, end = self._times_ns
+            return middle - begin, end - middle
+        self._events[2].synchronize()
+        begun, layers_done, done = self._events
+        return int(begun.elapsed_time(layers_done) * 1e6), int(layers_done.elapsed_time(done) * 1e6)
+
+
+class GpuExecution:
+    """See `Execution`. Runs on CPU tensors too where Triton interprets, which is how it is tested without a GPU."""
+
+    overlaps = True
+
+    def __init__(self, model: GpuModel, device: torch.device, recorder: Recorder, sizes: Sequence[int]) -> None:
+        self._model = model
+        self._device = device
+        self._recordings = Recordings(recorder, sizes)
+
+    def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
+        """A step of as many tokens and samples as there can be, without a graph.
+
+        Attention takes no more memory for longer sequences, and a block holds what all of them write.
+        """
+        self._allocate(limits)
+        self._kv_caches = kv_caches
+        self._run_layers("mixed", limits.max_step_tokens)
+        self._run_head(limits.max_num_sequences, has_random=True)
+
+    def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
+        """Record the steps, the largest first: their memory serves the smaller ones."""
+        self._kv_caches = kv_caches
+        num_rows = limits.max_num_sequences
+        self._block_tables = torch.zeros(
+            num_rows, limits.max_blocks_per_sequence, dtype=torch.int32, device=self._device
+        )
+        for kind in reversed(KINDS):
+            for size in self._recordings.sizes_within(self._kinds[kind].layout.max_tokens):
+                if kind == "decode" or size >= LEAST_MIXED_SIZE:
+                    self._recordings.record(kind, size, partial(self._run_layers, kind, size))
+        for has_random in (True, False):
+            for size in self._recordings.sizes_within(num_rows):
+                self._recordings.record(has_random, size, partial(self._run_head, size, has_random))
+
+    @property
+    def num_recordings(self) -> int:
+        """Graphs held."""
+        return len(self._recordings)
+
+    def _allocate(self, limits: BatchLimits) -> None:
+        device, num_rows = self._device, limits.max_num_sequences
+        max_tokens: dict[Kind, int] = {"decode": num_rows, "mixed": max(limits.max_step_tokens, num_rows)}
+        layouts = {
+            kind: attention_layout(self._model.shape, device, max_tokens[kind], num_rows, kind == "mixed")
+            for kind in KINDS
+        }
+        self._limits = limits
+        self._buffers = _buffers(self._model, limits, layouts, device)
+        self._first_mixed_column = next(name for name in self._buffers.device if name.startswith("mixed"))
+        self._kinds = {kind: _StepKind(layouts[kind], self._model, self._buffers, kind, device) for kind in KINDS}
+        # The last row takes what padded rows write.
+        self._last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        self._block_tables = torch.zeros(num_rows, limits.max_blocks_per_sequence, dtype=torch.int32, device=device)
+        self._sampled_hidden = torch.zeros(num_rows, self._model.hidden_size, dtype=self._model.dtype, device=device)
+        self._no_min_p = torch.zeros(num_rows, device=device)
+        self._no_typical_p = torch.ones(num_rows, device=device)
+        self._output = torch.zeros(NUM_OUTPUT_COLUMNS, num_rows, dtype=torch.int32, device=device)
+        self._host_outputs = cycle(
+            [
+                (_Events(device), torch.zeros_like(self._output, device="cpu", pin_memory=device.type == "cuda"))
+                for _ in range(NUM_HOST_BUFFERS)
+            ]
+        )
+
+    def launch(self, inputs: StepInputs, batch: InputBatch) -> _GpuStep:
+        """Send a step: one copy there, the layers, the head, one copy back."""
+        groups = self._shared_prefixes(inputs, batch)
+        kind: Kind = "mixed" if groups or inputs.max_query_length > 1 else "decode"
+        step_kind = self._kinds[kind]
+        num_tokens = self._recordings.padded_size(inputs.num_tokens, step_kind.layout.max_tokens)
+        num_samples = self._recordings.padded_size(inputs.num_samples, self._limits.max_num_sequences)
+        turn, host = self._buffers.next_host()
+        self._fill_tokens(host, inputs, num_tokens)
+        self._fill_samples(host, inputs, batch, num_samples)
+        for window in step_kind.workspaces:
+            plan_attention(
+                step_kind.layout, host[_plan_name(kind, window)], inputs.query_starts, inputs.sequence_lengths,
+                window, groups, inputs.rows,
+            )  # fmt: skip
+        events, host_output = next(self._host_outputs)
+        events.mark(0)
+        self._send(turn, host, batch, kind)
+        (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
+        events.mark(1)
+        if inputs.num_samples:
+            has_random = bool((batch.temperatures[inputs.sampling_rows] > 0).any())
+            head = self._recordings.find(has_random, num_samples)
+            (head or partial(self._run_head, num_samples, has_random))()
+            host_output.copy_(self._output, non_blocking=True)
+        events.mark(2)
+        return _GpuStep(events, host_output, inputs.num_samples)
+
+    def _send(self, turn: int, host: dict[str, Array], batch: InputBatch, kind: Kind) -> None:
+        """Copy what was filled to the device, and bring the block tables there up to date."""
+        places, blocks = batch.take_table_changes()
+        count = min(len(places), MAX_TABLE_CHANGES)
+        host["changed_places"][:count] = places[:count]
+        host["changed_blocks"][:count] = blocks[:count]
+        self._buffers.send(turn, until=self._first_mixed_column if kind == "decode" else None)
+        tables = self._block_tables.view(-1)
+        if count:
+            changed = self._buffers.device
+            tables.index_copy_(0, changed["changed_places"][:count], changed["changed_blocks"][:count])
+        if count < len(places):  # many long sequences joined at once
+            rest = (torch.from_numpy(column[count:]).to(self._device) for column in (places, blocks))
+            tables.index_copy_(0, *rest)
+
+    def _shared_prefixes(self, inputs: StepInputs, batch: InputBatch) -> list[SharedPrefix]:
+        if len(inputs.rows) < 2 or inputs.max_sequence_length <= MIN_SHARED_TOKENS:
+            return []
+        query_lengths = np.diff(inputs.query_starts)
+        return find_shared_prefixes(
+            batch.tables(inputs), query_lengths, inputs.sequence_lengths, self._limits.block_size, MIN_SHARED_TOKENS
+        )
+
+    def _fill_tokens(self, host: dict[str, Array], inputs: StepInputs, num_tokens: int) -> None:
+        """The tokens of the step; padded ones are written nowhere and read by nobody."""
+        used = inputs.num_tokens
+        input_ids = host["input_ids"]
+        input_ids[:used] = inputs.input_ids
+        decoding = inputs.query_starts[:-1][inputs.is_decoding]
+        input_ids[decoding] = token_of_row(inputs.rows[inputs.is_decoding])
+        host["positions"][:used] = inputs.positions
+        host["slots"][:used] = inputs.slot_mapping
+        for name, padding in (("input_ids", 0), ("positions", 0), ("slots", -1)):
+            host[name][used:num_tokens] = padding
+
+    def _fill_samples(self, host: dict[str, Array], inputs: StepInputs, batch: InputBatch, num_samples: int) -> None:
+        """The rows that sample; padded ones choose the best token of the step's first and keep it in the last row."""
+        used, rows = inputs.num_samples, inputs.sampling_rows
+        columns: dict[str, tuple[Array, int]] = {
+            "sampling_indices": (inputs.sampling_indices, 0),
+            "sampling_rows": (rows, self._limits.max_num_sequences),
+            "temperatures": (batch.temperatures[rows], 0),
+            "top_k": (batch.top_k[rows], 0),
+            "top_p": (batch.top_p[rows], 1),
+            "seeds": (batch.seeds[rows].view(np.int64), 0),
+            "sampling_positions": (inputs.sampling_positions, 0),
+        }
+        for name, (values, padding) in columns.items():
+            host[name][:used] = values
+            host[name][used:num_samples] = padding
+        # The layers' recording gathers more rows than are sampled.
+        host["sampling_indices"][num_samples:] = 0
+
+    def _run_layers(self, kind: Kind, num_tokens: int) -> None:
+        """Hidden states of the rows that may sample, from the step's tokens."""
+        buffer = self._buffers.device
+        # The kernels read the block tables and their own plans, nothing else of this.
+        attention = AttentionBatch(self._block_tables, *_NOTHING, 0, 0)
+        slots = buffer["slots"][:num_tokens]
+        with forward_context(ForwardContext(slots, attention, self._kv_caches, self._kinds[kind].workspaces)):
+            token_ids = read_tokens(buffer["input_ids"][:num_tokens], self._last_tokens)
+            hidden = self._model.model(token_ids, buffer["positions"][:num_tokens])
+        num_gathered = min(num_tokens, self._limits.max_num_sequences)
+        indices = buffer["sampling_indices"][:num_gathered]
+        torch.index_select(hidden, 0, indices, out=self._sampled_hidden[:num_gathered])
+
+    def _run_head(self, num_samples: int, has_random: bool) -> None:
+        """Tokens of the rows that sample: kept for the next step, and laid out for the host."""
+        column = {name: values[:num_samples] for name, values in self._buffers.device.items()}
+        logits = self._model.model.compute_logits(self._sampled_hidden[:num_samples])
+        if has_random:
+            parameters = SamplingParameters(
+                temperatures=column["temperatures"],
+                top_k=column["top_k"],
+                top_p=column["top_p"],
+                min_p=self._no_min_p[:num_samples],
+                typical_p=self._no_typical_p[:num_samples],
+                seeds=column["seeds"],
+                positions=column["sampling_positions"],
+            )
+            sampled = sample(logits, parameters)
+        else:
+            sampled = choose_best(logits)
+        publish_tokens(*sampled, column["sampling_rows"], self._last_tokens, self._output)
+
+
+_NOTHING = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))
+
+
+def _plan_name(kind: Kind, window: int | None) -> str:
+    return f"{kind} attention plan, window {window}"
