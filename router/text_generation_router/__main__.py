@@ -68,7 +68,7 @@ async def serve(config: RouterConfig) -> None:
         gc.collect()
         gc.freeze()
         is_failed = await _ends_by_failure(engine, stop)
-        await server.stop()
+        await server.stop(grace_s=0.0 if is_failed else None)
         await engine.stop()
         if is_failed:
             raise ShardFailure("the engine cannot go on without its shards")

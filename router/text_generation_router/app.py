@@ -1,7 +1,6 @@
 """The HTTP server: routes, listening sockets, and the way from the first signal to the end."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from aiohttp.typedefs import Handler
 from text_generation_router.api import service
 from text_generation_router.api.chat import chat_completions
 from text_generation_router.api.completions import completions
+from text_generation_router.api.connection import connection_factory
 from text_generation_router.api.context import CONTEXT_KEY, Context
 from text_generation_router.api.generate import compatible_generate, generate, generate_stream
 from text_generation_router.api.middleware import (
@@ -68,6 +68,8 @@ def build_metrics_app(context: Context) -> web.Application:
     app = web.Application()
     app[CONTEXT_KEY] = context
     app.router.add_get("/metrics", service.metrics)
+    app.middlewares.append(answer_errors)
+    app.on_response_prepare.append(answer_headers(context.config.cors_allow_origin))
     return app
 
 
@@ -101,38 +103,39 @@ class Server:
         self._context = context
         self._listeners = (listener, metrics_listener)
         self._runners = [
-            web.AppRunner(
-                build(context),
-                handler_cancellation=True,
-                auto_decompress=False,
-                access_log=None,
-                shutdown_timeout=_LAST_WRITES_S,
-            )
+            web.AppRunner(build(context), handler_cancellation=True, shutdown_timeout=_LAST_WRITES_S)
             for build in (build_app, build_metrics_app)
         ]
+        self._sockets: list[asyncio.Server] = []
 
     async def start(self) -> None:
         """Listen, and say where."""
         for runner, listener in zip(self._runners, self._listeners, strict=True):
             await runner.setup()
-            await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+            assert runner.server is not None, "set up"
+            factory = connection_factory(runner.server)
+            self._sockets.append(
+                await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
+            )
         port, metrics_port = (listener.getsockname()[1] for listener in self._listeners)
         if self._context.config.run_folder:
             write_ports(self._context.config.run_folder, port, metrics_port)
         logger.info("Serving on %s:%d, metrics also on port %d", self._context.config.hostname, port, metrics_port)
         logger.info("Connected")
 
-    async def stop(self) -> None:
-        """Refuse new requests, let running ones end within the grace, end the others with an error, and close."""
-        engine, grace_s = self._context.engine, self._context.config.graceful_termination_timeout_s
-        num_running = self._context.permits.num_taken
-        logger.info("Draining: %d requests have up to %g s to end", num_running, grace_s)
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Refuse new requests, let admitted ones end within the grace, end the others with an error, and close."""
+        engine, permits = self._context.engine, self._context.permits
+        if grace_s is None:
+            grace_s = self._context.config.graceful_termination_timeout_s
+        logger.info("Draining: %d requests have up to %g s to end", permits.num_taken, grace_s)
+        permits.close()
         engine.start_drain()
-        if not await engine.drained(grace_s):
-            logger.warning("Requests were ended before they were done, after %g s", grace_s)
-        # Handlers write what the engine has finished.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WRITES_S):
-                await self._context.permits.wait_all_back()
+        if not await permits.all_back(grace_s):
+            logger.warning("%d requests are ended before they are done, after %g s", permits.num_taken, grace_s)
+        engine.end_all()
+        await permits.all_back(_LAST_WRITES_S)
+        for listening in self._sockets:
+            listening.close()
         for runner in self._runners:
             await runner.cleanup()

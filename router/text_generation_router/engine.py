@@ -62,18 +62,17 @@ class Engine:
         self._wakeup = asyncio.Event()
         self._failure: ShardFailure | None = None
         self._is_draining = False
+        self._is_over = False  # the drain has ended: what is not queued by now never will be
         self.failed = asyncio.Event()  # the shards are lost, or the loop is: nothing can be served any more
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
         self._loop_task: asyncio.Task[None] | None = None
 
     # The requests' side.
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        """Queue a request. Raises ShuttingDown while draining and Unhealthy when a shard is gone."""
+        """Queue a request, also while draining. Raises ShuttingDown after that and Unhealthy when a shard is gone."""
         if self._failure is not None:
             raise Unhealthy
-        if self._is_draining:
+        if self._is_over:
             raise ShuttingDown
         sequence = self._scheduler.add(request)
         timings.queued_ns = time.monotonic_ns()
@@ -83,7 +82,6 @@ class Engine:
         except Exception:
             self._scheduler.finish(sequence)
             raise
-        self._is_idle.clear()
         self._wakeup.set()
         return stream
 
@@ -93,22 +91,16 @@ class Engine:
         if output is not None:
             self._scheduler.finish(output.sequence)
             stream.fail(IncompleteGeneration())
-            self._note_idle()
             self._wakeup.set()
 
     def start_drain(self) -> None:
-        """Refuse new requests from now on."""
+        """Be unhealthy from now on, so that nobody sends more; what was admitted may still come and is served."""
         self._is_draining = True
 
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until every request has ended; after `timeout_s` end those left with an error and return False."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
-        except TimeoutError:
-            self._fail_all(IncompleteGeneration(": the server is shutting down"))
-            return False
-        return True
+    def end_all(self) -> None:
+        """End what still runs with an error, and refuse whatever comes."""
+        self._is_over = True
+        self._fail_all(IncompleteGeneration(": the server is shutting down"))
 
     def is_healthy(self) -> bool:
         """Whether every rank answers and makes progress; cheap, and true however busy the server is."""
@@ -220,22 +212,16 @@ class Engine:
                 self._scheduler.finish(output.sequence)
                 del self._outputs[output.sequence.sequence_id]
         self._report.ended(sent, result, result_ns, started_ns, texts_done_ns)
-        self._note_idle()
 
     def _fail(self, output: SequenceOutput, error: RouterError) -> None:
         del self._outputs[output.sequence.sequence_id]
         self._scheduler.finish(output.sequence)
         output.stream.fail(error)
 
-    def _note_idle(self) -> None:
-        if not self._outputs:
-            self._is_idle.set()
-
     def _fail_all(self, error: RouterError) -> None:
         outputs, self._outputs = self._outputs, {}
         for output in outputs.values():
             output.stream.fail(error)
-        self._note_idle()
         if self._failure is None:
             for output in outputs.values():
                 self._scheduler.finish(output.sequence)

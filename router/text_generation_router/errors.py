@@ -2,7 +2,9 @@
 
 RouterError
 ├── ValidationError                 422  validation
+├── MalformedRequest                400  validation
 ├── MalformedBody                   400  validation
+├── RequestTimeout                  408  validation
 ├── PayloadTooLarge                 413  validation
 ├── UnsupportedContentEncoding      415  validation
 ├── BatchSizeExceeded               422  batch size exceeded
@@ -29,6 +31,7 @@ class RouterError(Exception):
     error_type: str
     failure_label: str
     prefix: str = ""
+    ends_connection: bool = False  # whether the rest of the client's bytes cannot be understood
 
     def __init__(self, reason: str = "", param: str | None = None) -> None:
         super().__init__(f"{self.prefix}{reason}")
@@ -42,11 +45,27 @@ class ValidationError(RouterError):
     prefix = "Input validation error: "
 
 
+class MalformedRequest(RouterError):
+    """Bytes that are not HTTP, or a body that breaks its own framing; nothing after them can be read."""
+
+    status, error_type, failure_label = 400, "validation", "validation"
+    prefix = "Input validation error: "
+    ends_connection = True
+
+
 class MalformedBody(RouterError):
     """A body that is not JSON."""
 
     status, error_type, failure_label = 400, "validation", "validation"
     prefix = "Input validation error: "
+
+
+class RequestTimeout(RouterError):
+    """A body that does not come to its end in time."""
+
+    status, error_type, failure_label = 408, "validation", "validation"
+    prefix = "Input validation error: "
+    ends_connection = True
 
 
 class PayloadTooLarge(RouterError):

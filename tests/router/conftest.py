@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
+import openai
 import pytest
 from text_generation_router.api.context import Context
 from text_generation_router.app import Server, bind
@@ -64,12 +66,12 @@ class FakeEngine:
         self.tokens_at_once = 1
         self.log: list[ValidRequest] = []
         self.left: list[TokenStream] = []
-        self.is_draining = False
+        self.is_draining = self.is_over = False
         self.healthy = True
         self._running: dict[int, tuple[TokenStream, asyncio.Task[None]]] = {}
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        if self.is_draining:
+        if self.is_over:
             raise ShuttingDown
         self.log.append(request)
         timings.queued_ns = time.monotonic_ns()
@@ -106,15 +108,12 @@ class FakeEngine:
     def start_drain(self) -> None:
         self.is_draining = True
 
-    async def drained(self, timeout_s: float) -> bool:
-        if self._running:
-            await asyncio.wait([task for _, task in self._running.values()], timeout=timeout_s)
+    def end_all(self) -> None:
+        self.is_over = True
         for stream, task in self._running.values():
             task.cancel()
             stream.fail(IncompleteGeneration(": the server is shutting down"))
-        is_done = not self._running
         self._running.clear()
-        return is_done
 
 
 @dataclasses.dataclass
@@ -162,3 +161,35 @@ def serving() -> Callable[..., object]:
 def make_engine() -> type[FakeEngine]:
     """The scripted engine's class."""
     return FakeEngine
+
+
+@pytest.fixture
+def until() -> Callable[..., object]:
+    """`await until(condition)`: until `condition()` holds; the test's own time limit ends a wait in vain."""
+
+    async def wait(condition: Callable[[], object]) -> None:
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture
+def client_of() -> Callable[[Served], openai.AsyncOpenAI]:
+    """`async with client_of(served) as client`: the real client of OpenAI's routes."""
+    return lambda served: openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture
+def openai_events_of() -> Callable[..., object]:
+    """`await openai_events_of(response)`: every event of a stream, decoded; the last must be [DONE]."""
+
+    async def read(response: aiohttp.ClientResponse) -> list[object]:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/event-stream"
+        blocks = (await response.read()).decode().removesuffix("\n\n").split("\n\n")
+        assert all(block.startswith("data: ") for block in blocks)
+        assert blocks.pop() == "data: [DONE]"
+        return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+    return read

@@ -1,7 +1,6 @@
 """OpenAI's dialect: the real `openai` client, raw events, and a table of bad input."""
 
 import asyncio
-import json
 
 import openai
 import pytest
@@ -12,21 +11,7 @@ PROMPT = "user:Hello\nassistant:"
 NUM_PROMPT_TOKENS = len(PROMPT)
 
 
-def client_of(served):
-    return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
-
-
-async def events_of(response):
-    """Every event of a stream, decoded; the last must be [DONE]."""
-    assert response.status == 200
-    assert response.headers["Content-Type"] == "text/event-stream"
-    blocks = (await response.read()).decode().removesuffix("\n\n").split("\n\n")
-    assert all(block.startswith("data: ") for block in blocks)
-    assert blocks.pop() == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks]
-
-
-def test_chat_with_the_real_client(serving):
+def test_chat_with_the_real_client(serving, client_of):
     async def run():
         async with serving() as served, client_of(served) as client:
             answer = await client.chat.completions.create(model="tgi", messages=USER, logprobs=True, temperature=0)
@@ -54,7 +39,7 @@ def test_chat_with_the_real_client(serving):
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 3, 7])
-def test_chat_stream_with_the_real_client(serving, make_engine, tokens_at_once):
+def test_chat_stream_with_the_real_client(serving, make_engine, tokens_at_once, client_of):
     async def run():
         engine = make_engine()
         engine.tokens_at_once = tokens_at_once
@@ -76,12 +61,12 @@ def test_chat_stream_with_the_real_client(serving, make_engine, tokens_at_once):
     asyncio.run(run())
 
 
-def test_chat_stream_events(serving):
+def test_chat_stream_events(serving, openai_events_of):
     async def run():
         async with serving() as served:
             body = {"messages": USER, "stream": True, "model": None}
             async with served.client.post("/v1/chat/completions", json=body) as response:
-                events = await events_of(response)
+                events = await openai_events_of(response)
             assert len(events) == 7
             for event in events:
                 assert event["object"] == "chat.completion.chunk"
@@ -91,49 +76,6 @@ def test_chat_stream_events(serving):
             # The last token is special: no text, but the finish reason.
             assert events[-1]["choices"][0]["delta"]["content"] == ""
             assert events[-1]["choices"][0]["finish_reason"] == "stop"
-
-    asyncio.run(run())
-
-
-def test_completions_with_the_real_client(serving):
-    async def run():
-        async with serving() as served, client_of(served) as client:
-            for prompt, token_ids in (
-                ("ab", [[1, 97, 98]]),
-                (["ab", "c"], [[1, 97, 98], [1, 99]]),
-                ([5, 6], [[5, 6]]),
-                ([[5, 6], [7]], [[5, 6], [7]]),
-            ):
-                served.engine.log.clear()
-                answer = await client.completions.create(model="x", prompt=prompt)
-                assert answer.model == "org/model"
-                assert [request.token_ids for request in served.engine.log] == token_ids
-                assert [choice.index for choice in answer.choices] == list(range(len(token_ids)))
-                assert {(choice.text, choice.finish_reason) for choice in answer.choices} == {("Hi you", "stop")}
-                assert answer.usage.prompt_tokens == sum(map(len, token_ids))
-                assert answer.usage.completion_tokens == 7 * len(token_ids)
-
-    asyncio.run(run())
-
-
-def test_completions_stream_of_two_prompts(serving):
-    async def run():
-        async with serving() as served:
-            body = {"prompt": ["ab", "c"], "stream": True, "stream_options": {"include_usage": True}}
-            async with served.client.post("/v1/completions", json=body) as response:
-                *events, last = await events_of(response)
-            assert last["choices"] == []
-            assert last["usage"]["total_tokens"] == 3 + 2 + 14
-            assert [event["choices"][0]["index"] for event in events] != [0] * 7 + [1] * 7  # interleaved
-            for index, num_prompt_tokens in ((0, 3), (1, 2)):
-                mine = [event for event in events if event["choices"][0]["index"] == index]
-                assert "".join(event["choices"][0]["text"] for event in mine) == "Hi you"
-                assert [event["choices"][0]["finish_reason"] for event in mine] == [None] * 6 + ["stop"]
-                assert [event["usage"] for event in mine[:-1]] == [None] * 6
-                assert mine[-1]["usage"]["prompt_tokens"] == num_prompt_tokens
-                assert mine[-1]["usage"]["completion_tokens"] == 7
-            counts = served.counts()
-            assert counts["tgi_request_count"] == counts["tgi_request_success"] == 2
 
     asyncio.run(run())
 
@@ -235,44 +177,7 @@ def test_chat_errors(serving, fields, param, text, is_stream):
     asyncio.run(run())
 
 
-COMPLETIONS_ERRORS = [
-    ({"prompt": None}, "prompt", "validation", "`prompt` must be a string, a list"),
-    ({"prompt": []}, "prompt", "validation", "`prompt` must be a string, a list"),
-    ({"prompt": ["a", 1]}, "prompt", "validation", "`prompt` must be a string, a list"),
-    ({"prompt": [1.5]}, "prompt", "validation", "`prompt` must be a string, a list"),
-    ({"prompt": [True]}, "prompt", "validation", "`prompt` must be a string, a list"),
-    ({"prompt": ""}, "prompt", "validation", "`inputs` cannot be empty"),
-    ({"prompt": [[]]}, "prompt", "validation", "`inputs` cannot be empty"),
-    ({"prompt": [300]}, "prompt", "validation", "`inputs` must hold token ids >= 0 and < 300"),
-    ({"prompt": [-1]}, "prompt", "validation", "`inputs` must hold token ids >= 0 and < 300"),
-    ({"prompt": [[1], [2**60]]}, "prompt", "validation", "`inputs` must hold token ids >= 0 and < 300"),
-    ({"prompt": [1] * 99}, "prompt", "validation", "`inputs` must have at most 64 tokens. Given: 99"),
-    ({"prompt": ["a"] * 5}, "prompt", "batch size exceeded", "`prompt` may hold at most 4 prompts. Given: 5"),
-    ({"suffix": "x"}, "suffix", "validation", "`suffix` is not supported"),
-    ({"echo": True}, "echo", "validation", "`echo` is not supported"),
-    ({"logprobs": 1}, "logprobs", "validation", "`logprobs` is not supported"),
-    ({"best_of": 2}, "best_of", "validation", "`best_of` is not supported"),
-]
-
-
-@pytest.mark.parametrize(("fields", "param", "kind", "text"), COMPLETIONS_ERRORS)
-def test_completions_errors(serving, fields, param, kind, text):
-    async def run():
-        async with serving() as served:
-            async with served.client.post("/v1/completions", json={"prompt": "a"} | fields) as response:
-                assert response.status == 422
-                answer = await response.json()
-            assert answer["error_type"] == kind
-            assert answer["error"]["param"] == param
-            assert text in answer["error"]["message"]
-            counts = served.counts()
-            assert counts["tgi_request_count"] == counts['tgi_request_failure{err="validation"}']
-            assert counts["tgi_request_running"] == 0
-
-    asyncio.run(run())
-
-
-def test_errors_keep_their_status_before_the_first_token(serving, make_engine):
+def test_errors_keep_their_status_before_the_first_token(serving, make_engine, client_of):
     async def run():
         async with serving(make_engine(answer="")) as served, client_of(served) as client:
             with pytest.raises(openai.UnprocessableEntityError) as raised:
@@ -301,27 +206,3 @@ def test_errors_keep_their_status_before_the_first_token(serving, make_engine):
 
 def _raise(error):
     raise error
-
-
-def test_one_failing_prompt_ends_the_whole_answer(serving, make_engine):
-    async def run():
-        engine = make_engine(answer="abc")
-        submit = engine.submit
-
-        def submit_with_one_failing(request, timings):
-            stream = submit(request, timings)
-            if len(engine.log) == 2:
-                stream.fail(GenerationError("row failed"))
-            return stream
-
-        engine.submit = submit_with_one_failing
-        async with serving(engine) as served:
-            async with served.client.post("/v1/completions", json={"prompt": ["a", "b", "c"]}) as response:
-                assert response.status == 424
-            counts = served.counts()
-            assert counts["tgi_request_count"] == 3
-            assert counts['tgi_request_failure{err="generation"}'] + counts["tgi_request_success"] == 3
-            assert counts["tgi_request_running"] == 0
-            assert served.context.permits.num_taken == 0
-
-    asyncio.run(run())

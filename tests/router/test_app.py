@@ -1,31 +1,16 @@
 """The server around the routes: keys, CORS, limits, clients that leave, draining, ports, logs, the command line."""
 
 import asyncio
-import io
 import json
-import logging
 import os
-import signal
 import socket
 import stat
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import aiohttp
 import pytest
 from text_generation_router.app import bind, write_ports
-from text_generation_router.command_line import InvalidConfig, parse_config
-from text_generation_router.logs import JsonFormatter, PlainFormatter
 
 GENERATE = {"inputs": "abc"}
-
-
-async def until(condition):
-    """Wait until `condition()` holds; the test's own time limit ends a wait in vain."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
 
 
 def test_service_routes(serving):
@@ -157,7 +142,7 @@ def test_cors(serving):
     asyncio.run(run())
 
 
-def test_overload(serving, make_engine):
+def test_overload(serving, make_engine, until):
     async def run():
         async with serving(make_engine(is_hanging=True), max_concurrent_requests=2) as served:
             running = await served.client.post("/generate_stream", json=GENERATE)
@@ -204,7 +189,7 @@ def test_overload(serving, make_engine):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
     ],
 )
-def test_a_client_that_leaves_cancels_its_sequences(serving, make_engine, path, body):
+def test_a_client_that_leaves_cancels_its_sequences(serving, make_engine, path, body, until):
     num_prompts = len(body.get("prompt", "a"))
 
     async def run():
@@ -226,68 +211,6 @@ def test_a_client_that_leaves_cancels_its_sequences(serving, make_engine, path, 
     asyncio.run(run())
 
 
-def test_draining(serving, make_engine):
-    async def run():
-        async with serving(make_engine(answer="ab", is_hanging=True), graceful_termination_timeout_s=0.3) as served:
-            streaming = await served.client.post("/generate_stream", json=GENERATE)
-            waiting = asyncio.create_task(served.client.post("/v1/completions", json={"prompt": "a"}))
-            await until(lambda: len(served.engine.log) == 2)
-            stopping = asyncio.create_task(served.server.stop())
-            await until(lambda: served.engine.is_draining)
-            async with served.client.get("/health") as response:
-                assert response.status == 503
-            for path in ("/generate", "/generate_stream"):
-                async with served.client.post(path, json=GENERATE) as response:
-                    assert response.status == 503
-                    assert int(response.headers["Retry-After"]) >= 1
-                    assert (await response.json())["error_type"] == "overloaded"
-            response = await waiting
-            assert response.status == 500
-            assert (await response.json())["error_type"] == "incomplete_generation"
-            last = (await streaming.read()).decode().removesuffix("\n\n").split("\n\n")[-1]
-            assert json.loads(last.removeprefix("data: "))["error_type"] == "incomplete_generation_stream"
-            await stopping
-            with pytest.raises(aiohttp.ClientConnectorError):
-                await served.client.get("/health")
-            counts = served.counts()
-            assert counts['tgi_request_failure{err="incomplete"}'] == 2
-            assert counts["tgi_request_running"] == 0
-
-    asyncio.run(run())
-
-
-def test_draining_lets_requests_finish(serving, make_engine):
-    async def run():
-        async with serving(make_engine(answer="x" * 60), graceful_termination_timeout_s=30.0) as served:
-            streaming = await served.client.post("/generate_stream", json=GENERATE)
-            await served.server.stop()
-            events = (await streaming.read()).decode().removesuffix("\n\n").split("\n\n")
-            assert json.loads(events[-1].removeprefix("data: "))["generated_text"] == "x" * 60
-            assert served.counts()["tgi_request_success"] == 1
-
-    asyncio.run(run())
-
-
-def test_success_line(serving, caplog):
-    caplog.set_level(logging.INFO)
-
-    async def run():
-        async with serving() as served:
-            body = {"inputs": "my secret", "parameters": {"seed": 7, "do_sample": True, "stop": ["hidden"]}}
-            async with served.client.post("/generate", json=body) as response:
-                assert response.status == 200
-
-    asyncio.run(run())
-    assert "Connected" in caplog.messages
-    [line] = [message for message in caplog.messages if message.startswith("Success")]
-    assert "input_tokens=10 " in line
-    assert "generated_tokens=7 " in line
-    assert "seed=7 " in line
-    assert '"do_sample":true' in line
-    assert "secret" not in caplog.text
-    assert "hidden" not in caplog.text
-
-
 def test_a_busy_port_shows_at_once():
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(OSError, match="in use"):
         bind("127.0.0.1", other.getsockname()[1])
@@ -298,74 +221,3 @@ def test_ports_are_written_whole(tmp_path):
     assert json.loads((tmp_path / "router.json").read_text()) == {"port": 1234, "prometheus_port": 5678}
     assert os.listdir(tmp_path) == ["router.json"]
     assert stat.S_ISREG((tmp_path / "router.json").stat().st_mode)
-
-
-def record(message, level=logging.INFO, **more):
-    return logging.LogRecord("target", level, "file", 1, message, None, more.get("exc_info"))
-
-
-def test_log_lines():
-    assert PlainFormatter().format(record("hello")) == "INFO target: hello"
-    assert PlainFormatter().format(record("a\r\nINFO b: forged\x1b[0m", logging.WARNING)) == (
-        "WARN target: a\\x0d\\nINFO b: forged\\x1b[0m"
-    )
-    try:
-        raise ValueError("reason")
-    except ValueError:
-        failed = record("failed", logging.ERROR, exc_info=sys.exc_info())
-    assert PlainFormatter().format(failed).splitlines()[-1] == "ValueError: reason"
-    line = JsonFormatter().format(failed)
-    assert len(io.StringIO(line).readlines()) == 1
-    values = json.loads(line)
-    assert set(values) == {"timestamp", "level", "message", "fields", "target"}
-    assert values["level"] == "ERROR"
-    assert values["message"].startswith("failed\nTraceback")
-    assert values["fields"] == {"message": values["message"]}
-
-
-def test_command_line():
-    values = {"port": 8080, "cors_allow_origin": ["a"], "api_key": None, "graceful_termination_timeout_s": 5}
-    config = parse_config(["--config-json", json.dumps(values), "--max-best-of", "3", "--no-prefix-caching"])
-    assert config.port == 8080
-    assert config.cors_allow_origin == ("a",)
-    assert config.graceful_termination_timeout_s == 5.0
-    assert config.max_best_of == 3
-    assert not config.prefix_caching
-    assert parse_config(["-p", "1", "--cors-allow-origin", "a", "--cors-allow-origin", "b"]).cors_allow_origin == (
-        "a",
-        "b",
-    )
-
-
-@pytest.mark.parametrize("values", ['{"nope": 1}', '{"port": "1"}', '{"port": null}', '{"max_best_of": 0}', "[]", "{"])
-def test_bad_configurations_are_refused(values):
-    with pytest.raises(InvalidConfig):
-        parse_config(["--config-json", values])
-
-
-SIGNALS = """
-import asyncio, sys
-from text_generation_router.__main__ import StopSignal
-
-async def run():
-    stop = StopSignal()
-    print("ready", flush=True)
-    await stop.wait()
-    print("draining", flush=True)
-    await asyncio.sleep(60)
-
-asyncio.run(run())
-"""
-
-
-def test_a_second_signal_ends_at_once():
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root / 'proto'}:{root / 'router'}"}
-    command = [sys.executable, "-c", textwrap.dedent(SIGNALS)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "draining\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 1

@@ -1,4 +1,6 @@
-"""Request bodies: from bytes to one JSON object, bounded in size and depth."""
+"""Request bodies: from bytes to one JSON object, bounded in size, depth and time."""
+
+import asyncio
 
 import orjson
 from aiohttp import web
@@ -6,13 +8,17 @@ from aiohttp import web
 from text_generation_router.api.fields import Fields
 from text_generation_router.errors import (
     MalformedBody,
+    MalformedRequest,
     PayloadTooLarge,
+    RequestTimeout,
     UnsupportedContentEncoding,
     ValidationError,
 )
 
 # Deeper than any JSON schema that people write by hand, far from the stack of the parser.
 MAX_DEPTH = 128
+# From the end of the headers to the end of the body.
+BODY_TIMEOUT_S = 60.0
 
 
 async def read_body(request: web.Request) -> Fields:
@@ -24,7 +30,12 @@ async def read_body(request: web.Request) -> Fields:
     if request.content_length is not None and request.content_length > limit:
         raise PayloadTooLarge(f"the body must have at most {limit} bytes. Given: {request.content_length}")
     try:
-        content = await request.read()
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            content = await request.read()
+    except TimeoutError:
+        raise RequestTimeout(f"the body must come within {BODY_TIMEOUT_S:g} s") from None
+    except web.RequestPayloadError as error:
+        raise MalformedRequest(f"the body is not valid HTTP: {error}") from None
     except web.HTTPRequestEntityTooLarge:
         raise PayloadTooLarge(f"the body must have at most {limit} bytes") from None
     return Fields(_parse_object(content))

@@ -6,6 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
+from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
 from text_generation_router.api.messages import read_messages
@@ -15,10 +16,10 @@ from text_generation_router.api.openai import (
     read_includes_usage,
     read_model_name,
     read_options,
-    stream_answer,
+    stream_until_done,
     usage,
 )
-from text_generation_router.api.responses import EventStream, event, json_response
+from text_generation_router.api.responses import event, json_response
 from text_generation_router.token_stream import TokenOutput
 from text_generation_router.validation import GenerationOptions
 
@@ -110,7 +111,7 @@ class _Answer:
         """The answer as one object."""
         generation = self._generation
         outputs = await generation.read_all()
-        self._record.succeed(generation, self._call.options)
+        self._record.succeed(self._call.options)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": "".join(output.text for output in outputs)},
@@ -122,7 +123,7 @@ class _Answer:
 
     async def stream(self) -> web.StreamResponse:
         """The answer as a chunk for each token."""
-        return await stream_answer(self._record, self._num_characters, self._send_chunks)
+        return await stream_until_done(self._record, self._num_characters, self._send_chunks)
 
     async def _send_chunks(self, events: EventStream) -> None:
         generation = self._generation
@@ -133,7 +134,7 @@ class _Answer:
                 if self._call.includes_usage:
                     bodies.append(self._head.body([], usage([generation])))
             await events.send(b"".join(map(event, bodies)))
-        self._record.succeed(generation, self._call.options)
+        self._record.succeed(self._call.options)
 
     def _chunk(self, output: TokenOutput) -> dict[str, Any]:
         choice = {

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
+from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
 from text_generation_router.api.openai import (
@@ -16,10 +17,11 @@ from text_generation_router.api.openai import (
     read_includes_usage,
     read_model_name,
     read_options,
-    stream_answer,
+    stream_until_done,
     usage,
 )
-from text_generation_router.api.responses import EventStream, event, json_response
+from text_generation_router.api.responses import event, json_response
+from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
 from text_generation_router.validation import GenerationOptions
 
@@ -42,7 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """Continue the prompts, streamed or whole."""
     async with GenerationRequest(request) as record:
         body = await read_body(request)
-        call = read_call(body, record.context.config.max_client_batch_size)
+        call = read_call(body, record.context.config)
         record.note_ignored(body)
         record.admit(len(call.prompts))
         validator = record.context.validator
@@ -51,7 +53,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         return await (answer.stream() if call.options.is_stream else answer.whole())
 
 
-def read_call(body: Fields, max_num_prompts: int) -> CompletionsCall:
+def read_call(body: Fields, config: RouterConfig) -> CompletionsCall:
     """Read the types of a body; ranges are the validator's."""
     unsupported = []
     if body.string("suffix") is not None:
@@ -66,8 +68,7 @@ def read_call(body: Fields, max_num_prompts: int) -> CompletionsCall:
     if response_format is not None and response_format.required_string("type") != "text":
         unsupported.append("response_format")
     prompts = _read_prompts(body)
-    if len(prompts) > max_num_prompts:
-        raise BatchSizeExceeded(f"`prompt` may hold at most {max_num_prompts} prompts. Given: {len(prompts)}", "prompt")
+    _check_num_prompts(len(prompts), config)
     read_model_name(body)
     return CompletionsCall(
         prompts=prompts,
@@ -87,6 +88,20 @@ def _read_prompts(body: Fields) -> list[str | list[int]]:
         if all(isinstance(item, str) or (isinstance(item, list) and _are_token_ids(item)) for item in prompt):
             return prompt
     raise body.error("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
+
+
+def _check_num_prompts(num_prompts: int, config: RouterConfig) -> None:
+    """Refuse a list that cannot be served however often it is sent: each prompt counts as a request."""
+    for most, flag in (
+        (config.max_client_batch_size, "--max-client-batch-size"),
+        (config.max_concurrent_requests, "--max-concurrent-requests"),
+    ):
+        if num_prompts > most:
+            raise BatchSizeExceeded(
+                f"`prompt` may hold at most {most} prompts. Given: {num_prompts}. "
+                f"Send fewer in one request, or raise {flag} of the server",
+                "prompt",
+            )
 
 
 def _are_token_ids(values: list[Any]) -> bool:
@@ -109,9 +124,9 @@ class _Answer:
 
         async def read(index: int) -> None:
             texts[index] = "".join(output.text for output in await generations[index].read_all())
-            self._record.succeed(generations[index], self._call.options)
 
         await _together([read(index) for index in range(len(generations))])
+        self._record.succeed(self._call.options)
         choices = [
             self._choice(index, texts[index], finish_reason(generation)) for index, generation in enumerate(generations)
         ]
@@ -120,10 +135,11 @@ class _Answer:
 
     async def stream(self) -> web.StreamResponse:
         """The answer as a chunk for each token, those of several prompts as they come."""
-        return await stream_answer(self._record, self._call.num_characters, self._send_all)
+        return await stream_until_done(self._record, self._call.num_characters, self._send_all)
 
     async def _send_all(self, events: EventStream) -> None:
         await _together([self._send_chunks(index, events) for index in range(len(self._generations))])
+        self._record.succeed(self._call.options)
         if self._call.includes_usage:
             await events.send(event(self._head.body([], usage(self._generations))))
 
@@ -135,7 +151,6 @@ class _Answer:
                 bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
                 bodies[-1]["usage"] = usage([generation])
             await events.send(b"".join(map(event, bodies)))
-        self._record.succeed(generation, self._call.options)
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Engine(Protocol):
         """Known after warm-up."""
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        """Queue a request; raises ShuttingDown while draining."""
+        """Queue a request; raises ShuttingDown after `end_all`."""
 
     def cancel(self, stream: TokenStream) -> None:
         """Forget a request; without effect once it has ended."""
@@ -31,10 +31,10 @@ class Engine(Protocol):
         """Whether the shards make progress."""
 
     def start_drain(self) -> None:
-        """Take no new requests."""
+        """Be unhealthy from now on; admitted requests are still served."""
 
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until every request has ended; after `timeout_s` end those left with an error and return False."""
+    def end_all(self) -> None:
+        """End what still runs with an error, and refuse whatever comes."""
 
 
 class Tokenizer(PromptEncoder, Protocol):

@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
 from text_generation_router.api.context import Tokenizer
+from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import (
-    CLIENT_LEFT,
-    Generation,
-    GenerationRequest,
-    timing_headers,
-)
-from text_generation_router.api.responses import EventStream, as_router_error, error_event, event, json_response
-from text_generation_router.errors import Overloaded, ShuttingDown
+from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.responses import event, json_response
+from text_generation_router.errors import ShuttingDown
 from text_generation_router.token_stream import TokenOutput
 from text_generation_router.validation import GenerationOptions
 
@@ -114,7 +111,7 @@ async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) 
     record.admit()
     generation = await _start(record, call)
     outputs = await generation.read_all()
-    record.succeed(generation, call.options)
+    record.succeed(call.options)
     body: dict[str, Any] = {"generated_text": call.text_before + "".join(output.text for output in outputs)}
     if call.has_details:
         body["details"] = {
@@ -130,18 +127,10 @@ async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) 
 
 async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamResponse:
     record.admit()
-    compute_type = record.context.compute_type
-    headers = {"x-compute-type": compute_type, "x-compute-characters": str(len(call.inputs))}
-    async with EventStream(record.http, headers) as events:
-        try:
-            await _send_tokens(record, call, events)
-        except (*CLIENT_LEFT, Overloaded, ShuttingDown):
-            raise
-        except Exception as error:
-            # The status of this route is 200 whatever the validation says; errors are events.
-            record.fail(error)
-            await events.send(error_event(as_router_error(error), record.http.path))
-    return events.response
+    # The status of this route is 200 whatever the validation says; errors are events.
+    return await stream_answer(
+        record, len(call.inputs), partial(_send_tokens, record, call), keeps_status=(ShuttingDown,)
+    )
 
 
 async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: EventStream) -> None:
@@ -157,7 +146,7 @@ async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: Ev
             bodies[-1]["generated_text"] = call.text_before + "".join(pieces)
             bodies[-1]["details"] = _stream_details(generation) if call.has_details else None
         await events.send(b"".join(map(event, bodies)))
-    record.succeed(generation, call.options)
+    record.succeed(call.options)
 
 
 def _stream_details(generation: Generation) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Generation:
 class GenerationRequest:
     """Counts one request from arrival to its end; an async context manager around a handler.
 
-    However the handler is left, running streams are cancelled, permits returned, and every prompt ends as exactly
-    one of success, failure or client gone.
+    However the handler is left, running streams are cancelled, permits returned, and all prompts end as exactly one
+    of success, failure or client gone.
     """
 
     def __init__(self, request: web.Request) -> None:
@@ -79,7 +79,7 @@ class GenerationRequest:
         self.request_id = secrets.token_hex(16)
         self.received_ns = time.monotonic_ns()
         self._num_prompts = 1
-        self._num_succeeded = 0
+        self._has_succeeded = False
         self._num_permits = 0
         self._generations: list[Generation] = []
         self._error: BaseException | None = None
@@ -95,12 +95,13 @@ class GenerationRequest:
             self.context.engine.cancel(generation.stream)
         if self._num_permits:
             self.context.permits.give_back(self._num_permits, (time.monotonic_ns() - self.received_ns) / 1e9)
-        num_left = self._num_prompts - self._num_succeeded
+        if self._has_succeeded:
+            return
         error = self._error or error
-        if num_left and isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
-            self.context.metrics.request_failed(error, num_left)
-        elif num_left:
-            self.context.metrics.client_left(num_left)
+        if isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
+            self.context.metrics.request_failed(error, self._num_prompts)
+        else:
+            self.context.metrics.client_left(self._num_prompts)
 
     def note_ignored(self, fields: Fields) -> None:
         """Tell the client, and the debug log, which of its parameters have no effect."""
@@ -112,7 +113,7 @@ class GenerationRequest:
             logger.debug("Ignored parameters of request %s: %s", self.request_id, text)
 
     def admit(self, num_prompts: int = 1) -> None:
-        """Take a permit for each prompt; raises Overloaded."""
+        """Take a permit for each prompt; raises Overloaded, and ShuttingDown while draining."""
         self.context.metrics.request_arrived(num_prompts - 1)
         self._num_prompts = num_prompts
         self.context.permits.take(num_prompts)
@@ -127,12 +128,18 @@ class GenerationRequest:
         self._generations.append(generation)
         return generation
 
-    def succeed(self, generation: Generation, options: GenerationOptions) -> None:
-        """Count and log a prompt whose answer is complete."""
-        stream, timings = generation.stream, generation.timings
-        self._num_succeeded += 1
-        self.context.metrics.request_succeeded(timings, stream.num_prompt_tokens, stream.num_generated_tokens)
-        durations = durations_ms(generation)
+    def succeed(self, options: GenerationOptions) -> None:
+        """Count and log every prompt, once the answers of all are complete."""
+        self._has_succeeded = True
+        for generation in self._generations:
+            stream = generation.stream
+            self.context.metrics.request_succeeded(
+                generation.timings, stream.num_prompt_tokens, stream.num_generated_tokens
+            )
+            self._log_success(generation, options)
+
+    def _log_success(self, generation: Generation, options: GenerationOptions) -> None:
+        stream = generation.stream
         logger.info(
             "Success request_id=%s route=%s input_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
             "total_time_ms=%d validation_time_ms=%d queue_time_ms=%d inference_time_ms=%d time_per_token_ms=%d "
@@ -143,7 +150,7 @@ class GenerationRequest:
             stream.num_cached_tokens,
             stream.num_generated_tokens,
             generation.finish_reason,
-            *durations,
+            *durations_ms(generation),
             generation.seed,
             orjson.dumps(options.given()).decode(),
         )

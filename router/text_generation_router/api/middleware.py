@@ -81,6 +81,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         raise  # the client is gone
     except Exception as error:
         shown = as_router_error(error)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun, no other can be sent") from error
         return error_response(shown, request.path, _retry_after_s(shown, request.app[CONTEXT_KEY]))
 
 

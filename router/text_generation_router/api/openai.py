@@ -8,9 +8,9 @@ from typing import Any
 from aiohttp import web
 
 from text_generation_router.api.context import Context
+from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import CLIENT_LEFT, Generation, GenerationRequest
-from text_generation_router.api.responses import EventStream, as_router_error, error_event
+from text_generation_router.api.generation import Generation, GenerationRequest
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.validation import GenerationOptions
 
@@ -119,20 +119,13 @@ def usage(generations: list[Generation]) -> dict[str, Any]:
     }
 
 
-async def stream_answer(
+async def stream_until_done(
     record: GenerationRequest, num_characters: int, send_all: Callable[[EventStream], Awaitable[None]]
 ) -> web.StreamResponse:
-    """Run `send_all`, which writes the events of an answer; an error after the first is an event, the last one."""
-    headers = {"x-compute-type": record.context.compute_type, "x-compute-characters": str(num_characters)}
-    async with EventStream(record.http, headers) as events:
-        try:
-            await send_all(events)
-            await events.send(DONE)
-        except CLIENT_LEFT:
-            raise
-        except Exception as error:
-            if not events.is_started:
-                raise
-            record.fail(error)
-            await events.send(error_event(as_router_error(error), record.http.path))
-    return events.response
+    """Stream an answer as these routes do: errors keep their status until the first event, [DONE] is the last."""
+
+    async def send(events: EventStream) -> None:
+        await send_all(events)
+        await events.send(DONE)
+
+    return await stream_answer(record, num_characters, send, keeps_status=(Exception,))
