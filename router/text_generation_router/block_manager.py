@@ -95,12 +95,15 @@ class BlockManager:
             self._block_of_hash[block_hash] = block
             self._hash_of_block[block] = block_hash
 
-    def unregister(self, blocks: list[int]) -> None:
-        """Make held blocks unfindable, because what they hold cannot be trusted."""
-        for block in blocks:
-            assert self._num_holders[block] > 0
-            if block in self._hash_of_block:
-                del self._block_of_hash[self._hash_of_block.pop(block)]
+    def unregister(self, block_hashes: list[bytes]) -> None:
+        """Make blocks unfindable, held or cached, because what they hold cannot be trusted."""
+        for block_hash in block_hashes:
+            block = self._block_of_hash.pop(block_hash, None)
+            if block is not None:
+                del self._hash_of_block[block]
+                if block in self._cached:
+                    del self._cached[block]
+                    self._free.append(block)
 
     def release(self, blocks: list[int]) -> None:
         """Drop one holder of each block of a table; the end of a prefix becomes evictable before its start."""

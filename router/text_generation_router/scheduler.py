@@ -54,6 +54,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the batch, by arrival
         self._by_id: dict[int, Sequence] = {}
         self._removed: list[int] = []  # left the batch since the last plan
+        self._ended_in_flight: dict[int, Sequence] = {}  # ended, but a result may still say that they failed
         # Keys of prompt blocks that a running sequence will compute: a sequence that could share one waits for it.
         self._to_be_computed: Counter[bytes] = Counter()
         self._next_sequence_id = 1
@@ -81,6 +82,8 @@ class Scheduler:
         if sequence.state is not SequenceState.FINISHED:
             sequence.state = SequenceState.FINISHED
             del self._by_id[sequence.sequence_id]
+            if sequence.step_last_planned > self._last_step_ended:
+                self._ended_in_flight[sequence.sequence_id] = sequence
             self._free_blocks(sequence)
 
     def _leave_batch(self, sequence: Sequence) -> None:
@@ -328,14 +331,26 @@ class Scheduler:
                 progress.append(Progress(sequence, token_id, logprob, reason))
                 if reason is not None:
                     self.finish(sequence)
+        progress += self._end_failed(result)
+        if not self._by_id:
+            self.check_idle()
+        return progress
+
+    def _end_failed(self, result: StepResult) -> list[Progress]:
+        """End the sequences whose row failed; what the row computed is not shared, wherever its blocks are by now."""
+        progress = []
         for sequence_id, message in result.failures.items():
             sequence = self._by_id.get(sequence_id)
             if sequence is not None:
                 progress.append(Progress(sequence, -1, 0.0, None, message))
-                self.blocks.unregister(sequence.block_table)
                 self.finish(sequence)
-        if not self._by_id:
-            self.check_idle()
+            else:
+                sequence = self._ended_in_flight.get(sequence_id)
+            if sequence is not None:
+                self.blocks.unregister(sequence.block_hashes)
+        for sequence in [*self._ended_in_flight.values()]:
+            if sequence.step_last_planned <= result.step:
+                del self._ended_in_flight[sequence.sequence_id]
         return progress
 
     def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
@@ -355,3 +370,4 @@ class Scheduler:
         assert not len(self.waiting)
         assert self.blocks.num_held == 0, "blocks are held although nothing runs"
         assert not self._to_be_computed
+        assert self._last_step_ended < self._last_step or not self._ended_in_flight

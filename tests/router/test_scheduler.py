@@ -3,7 +3,8 @@
 The model executes plans as shard.proto says, one or two plans behind the scheduler. Each slot remembers the whole
 history (a hash over all token ids up to it), so a wrong block, a stale prefix hit or a block given away too early
 shows as a wrong history. The sampled token is a function of the history alone: what each sequence generates is
-known in advance, whatever batch, chunking, preemption or sharing happened on the way.
+known in advance, whatever batch, chunking, preemption or sharing happened on the way. A
+row that is told to fail writes nonsense, and so does every row that reads it.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from text_generation_router.valid_request import ValidRequest
 
 EOS = 7
 VOCABULARY = 50
+NONSENSE = b""
 
 
 def history_of(token_ids: list[int]) -> bytes:
@@ -48,6 +50,7 @@ class Row:
     num_computed: int
     blocks: list[int]
     is_decoding: bool = False
+    is_broken: bool = False
 
 
 @dataclass
@@ -59,6 +62,7 @@ class ModelShard:
     limits: SchedulerLimits
     rows: dict[int, Row] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
+    failing: set[int] = field(default_factory=set)  # sequences whose rows fail
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.apply_changes(plan)
@@ -69,9 +73,16 @@ class ModelShard:
             assert count > 0
             work[sequence_id] = count
         assert sum(work.values()) <= self.limits.max_step_tokens
-        tokens = {sequence_id: self.compute(self.rows[sequence_id], count) for sequence_id, count in work.items()}
-        sampled = {sequence_id: token for sequence_id, token in tokens.items() if token is not None}
-        return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled))
+        sampled, failures = {}, {}
+        for sequence_id, count in work.items():
+            row = self.rows[sequence_id]
+            row.is_broken |= sequence_id in self.failing
+            token = self.compute(row, count)
+            if row.is_broken:
+                failures[sequence_id] = "not finite"
+            elif token is not None:
+                sampled[sequence_id] = token
+        return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled), failures)
 
     def apply_changes(self, plan: StepPlan) -> None:
         for sequence_id in plan.removed_sequence_ids:
@@ -93,9 +104,12 @@ class ModelShard:
 
         start = row.num_computed
         for position in range(start):
-            assert self.slots[slot(position)] == history_of(row.token_ids[: position + 1]), "stale KV memory"
+            row.is_broken |= self.slots[slot(position)] == NONSENSE
+            known = history_of(row.token_ids[: position + 1])
+            assert row.is_broken or self.slots[slot(position)] == known, "stale KV memory"
         for position in range(start, start + count):
-            self.slots[slot(position)] = history_of(row.token_ids[: position + 1])
+            known = history_of(row.token_ids[: position + 1])
+            self.slots[slot(position)] = NONSENSE if row.is_broken else known
         row.num_computed += count
         assert row.num_computed <= len(row.token_ids)
         if row.num_computed < len(row.token_ids):
@@ -116,6 +130,7 @@ class Harness:
         self.in_flight: deque[StepPlan] = deque()
         self.generated: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
+        self.failed: set[int] = set()
         self.num_steps = 0
 
     def add(self, request: ValidRequest):
@@ -123,17 +138,24 @@ class Harness:
         self.generated[sequence.sequence_id] = []
         return sequence
 
-    def advance(self) -> bool:
-        """Send what can be sent, then take one result in; False when there was nothing to do."""
+    def send(self) -> None:
+        """Send what can be sent."""
         while len(self.in_flight) < self.depth and (plan := self.scheduler.schedule()) is not None:
             self.in_flight.append(plan)
             self.blocks.check()
+
+    def advance(self) -> bool:
+        """Send what can be sent, then take one result in; False when there was nothing to do."""
+        self.send()
         if not self.in_flight:
             return False
         self.num_steps += 1
         for progress in self.scheduler.update(self.shard.execute(self.in_flight.popleft())):
             sequence_id = progress.sequence.sequence_id
             assert sequence_id not in self.reasons, "a token after the end"
+            if progress.failure is not None:
+                self.failed.add(sequence_id)
+                continue
             self.generated[sequence_id].append(progress.token_id)
             if progress.finish_reason is not None:
                 self.reasons[sequence_id] = progress.finish_reason
@@ -146,6 +168,9 @@ class Harness:
         assert self.scheduler.num_unfinished == 0
         self.scheduler.check_idle()
         assert not self.shard.rows, "the shard was not told of every end"
+        size = self.blocks.block_size
+        findable = {slot for block in self.blocks._hash_of_block for slot in range(block * size, (block + 1) * size)}
+        assert not [slot for slot in findable if self.shard.slots[slot] == NONSENSE], "nonsense in the prefix cache"
 
 
 def make_request(prompt: list[int], max_new_tokens: int, ignore_eos: bool = False, salt: bytes = b"") -> ValidRequest:
@@ -166,6 +191,7 @@ actions = st.lists(
     st.one_of(
         st.tuples(st.just("add"), prompts(), st.integers(1, 20), st.booleans(), st.sampled_from([b"", b"b"])),
         st.tuples(st.just("cancel"), st.integers(0, 40)),
+        st.tuples(st.just("fail"), st.integers(0, 40)),
         st.tuples(st.just("advance"), st.integers(1, 4)),
     ),
     max_size=60,
@@ -196,6 +222,8 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
             harness.scheduler.finish(sequence)
             if sequence.sequence_id not in harness.reasons:
                 cancelled.add(sequence.sequence_id)
+        elif action[0] == "fail" and action[1] < len(sequences):
+            harness.shard.failing.add(sequences[action[1]].sequence_id)
         elif action[0] == "advance":
             for _ in range(action[1]):
                 harness.advance()
@@ -203,7 +231,7 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
     for sequence in sequences:
         tokens, reason = expected_tokens(sequence.request)
         generated = harness.generated[sequence.sequence_id]
-        if sequence.sequence_id in cancelled:
+        if sequence.sequence_id in cancelled | harness.failed:
             assert generated == tokens[: len(generated)]
         else:
             assert generated == tokens
@@ -278,17 +306,40 @@ def test_a_failed_sequence_ends_alone_and_leaves_nothing_in_the_prefix_cache():
     harness = Harness(100, 4, SchedulerLimits(64, 8))
     broken = harness.add(make_request(list(range(20)), 5))
     fine = harness.add(make_request([9, 8], 5, ignore_eos=True))
-    plan = harness.scheduler.schedule()
-    assert plan is not None
-    result = harness.shard.execute(plan)
-    rows = [row for row in zip(result.sequence_ids, result.token_ids, strict=True) if row[0] != broken.sequence_id]
-    result = StepResult(1, [i for i, _ in rows], [t for _, t in rows], [0.0], {broken.sequence_id: "not finite"})
-    progress = {p.sequence.sequence_id: p for p in harness.scheduler.update(result)}
-    assert progress[broken.sequence_id].failure == "not finite"
-    harness.generated[fine.sequence_id].append(progress[fine.sequence_id].token_id)
+    harness.shard.failing.add(broken.sequence_id)
     harness.run_until_idle()
+    assert harness.failed == {broken.sequence_id}
     assert harness.generated[fine.sequence_id] == expected_tokens(fine.request)[0]
     assert harness.blocks.find([hash_block(b"", [0, 1, 2, 3])]) == []
+
+
+def test_a_sequence_that_was_cancelled_before_its_failure_came_leaves_nothing_in_the_prefix_cache():
+    harness = Harness(100, 4, SchedulerLimits(64, 8), depth=1)
+    broken = harness.add(make_request(list(range(20)), 5))
+    harness.shard.failing.add(broken.sequence_id)
+    harness.in_flight.append(harness.scheduler.schedule())
+    harness.scheduler.finish(broken)
+    assert harness.blocks.num_cached == 5
+    harness.run_until_idle()
+    assert not harness.failed
+    assert harness.blocks.num_cached == 0
+
+
+def test_a_sequence_that_was_preempted_before_its_failure_came_leaves_nothing_in_the_prefix_cache():
+    harness = Harness(12, 4, SchedulerLimits(16, 8))
+    for number in range(3):
+        harness.add(make_request([number] * 8, 40, ignore_eos=True))
+    while not harness.scheduler.num_preemptions:
+        harness.advance()
+        harness.send()
+    broken = next(sequence for sequence in harness.scheduler.waiting if sequence.num_preemptions)
+    assert broken.step_last_planned == harness.in_flight[0].step
+    assert harness.blocks.find(broken.block_hashes)
+    harness.shard.failing.add(broken.sequence_id)
+    harness.advance()
+    assert harness.failed == {broken.sequence_id}
+    assert not harness.blocks.find(broken.block_hashes)
+    harness.run_until_idle()
 
 
 def test_results_out_of_order_are_refused():
