@@ -56,7 +56,7 @@ class ChatTemplate:
     async def render(self, messages: list[dict[str, Any]]) -> str:
         """The prompt for a conversation; a last message from the assistant is left open to be continued.
 
-        Raises TemplateError, and ValidationError for messages that have no text.
+        Raises TemplateError.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(self.render_now, messages))
 

@@ -126,6 +126,9 @@ CHAT_ERRORS = [
     ({"messages": [{"content": "a"}]}, "messages.role", "`role` is missing"),
     ({"messages": [{"role": "user"}]}, "messages.content", "`content` is missing"),
     ({"messages": [{"role": "user", "content": 1}]}, "messages.content", "`content` must be a string or a list"),
+    ({"messages": [{"role": "user", "content": [7]}]}, "messages.content", "`content` must be an object"),
+    ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.content.type", "`type` is missing"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.content.text", "`text` is missing"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         "messages",

@@ -1,4 +1,4 @@
-"""The messages of a chat request: types checked and content parts joined; chat_messages.py does the rest."""
+"""The messages of a chat request: the one place where they are checked, content parts joined."""
 
 from typing import Any
 
