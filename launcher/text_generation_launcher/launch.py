@@ -105,6 +105,8 @@ class Launch:
             arguments += ["--model-id", config.model_id]
         if config.revision is not None:
             arguments += ["--revision", config.revision]
+        if self._settings.given.get("load_format") == "dummy":
+            arguments.append("--without-weights")
         child = supervisor.spawn(
             "model-files", [*self._commands.model_files, *arguments], self._hub_environment(), answers=True
         )

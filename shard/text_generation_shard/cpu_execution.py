@@ -35,6 +35,7 @@ class CpuExecution:
     """See `Execution`."""
 
     overlaps = False
+    has_tables = False
 
     def __init__(self, model: CausalModel) -> None:
         self._model = model

@@ -46,16 +46,16 @@ class Recordings:
         self._sizes = sorted(set(sizes))
         self._recordings: dict[tuple[Hashable, int], Launch] = {}
 
-    def padded_size(self, size: int, limit: int) -> int:
-        """The smallest recorded size that holds `size` rows and is within `limit`; `size` itself if there is none."""
-        index = bisect.bisect_left(self._sizes, size)
+    def padded_size(self, size: int, limit: int, least: int = 1) -> int:
+        """The smallest size from `least` to `limit` that is recorded and holds `size` rows; `size` if there is none."""
+        index = bisect.bisect_left(self._sizes, max(size, least))
         if index == len(self._sizes) or self._sizes[index] > limit:
             return size
         return self._sizes[index]
 
-    def sizes_within(self, limit: int) -> Sequence[int]:
-        """The recorded sizes up to `limit`, largest first."""
-        return [size for size in reversed(self._sizes) if size <= limit]
+    def sizes_within(self, limit: int, least: int = 1) -> Sequence[int]:
+        """The sizes to record from `least` to `limit`, largest first."""
+        return [size for size in reversed(self._sizes) if least <= size <= limit]
 
     def record(self, key: Hashable, size: int, launch: Launch) -> None:
         """Make the recording of `launch`, which computes `size` rows."""

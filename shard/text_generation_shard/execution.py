@@ -51,6 +51,8 @@ class Execution(Protocol):
 
     # Whether a step can be given to the device before the one ahead of it has ended.
     overlaps: bool
+    # Whether it keeps its own copy of the block tables, and takes the batch's changes of them.
+    has_tables: bool
 
     def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """The largest steps within the limits, on a cache of one block that all sequences share.

@@ -40,11 +40,13 @@ MIN_SHARED_TOKENS = 256
 # Places of the block tables that one copy can change; a step that changes more takes several.
 MAX_TABLE_CHANGES = 1024
 
-# A mixed step has more tokens than sequences; smaller ones are too rare to be recorded.
-LEAST_MIXED_SIZE = 16
+
+NO_SLOT = -1
 
 Kind = Literal["decode", "mixed"]
 KINDS: tuple[Kind, ...] = ("decode", "mixed")
+# Mixed steps of few tokens are rare: one recording serves them all.
+LEAST_SIZES = {"decode": 1, "mixed": 16}
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class GpuExecution:
     """See `Execution`. Runs on CPU tensors too where Triton interprets, which is how it is tested without a GPU."""
 
     overlaps = True
+    has_tables = True
 
     def __init__(self, model: GpuModel, device: torch.device, recorder: Recorder, sizes: Sequence[int]) -> None:
         self._model = model
@@ -178,9 +181,8 @@ class GpuExecution:
             num_rows, limits.max_blocks_per_sequence, dtype=torch.int32, device=self._device
         )
         for kind in reversed(KINDS):
-            for size in self._recordings.sizes_within(self._kinds[kind].layout.max_tokens):
-                if kind == "decode" or size >= LEAST_MIXED_SIZE:
-                    self._recordings.record(kind, size, partial(self._run_layers, kind, size))
+            for size in self._recordings.sizes_within(self._kinds[kind].layout.max_tokens, LEAST_SIZES[kind]):
+                self._recordings.record(kind, size, partial(self._run_layers, kind, size))
         for has_random in (True, False):
             for size in self._recordings.sizes_within(num_rows):
                 self._recordings.record(has_random, size, partial(self._run_head, size, has_random))
@@ -199,6 +201,8 @@ class GpuExecution:
         }
         self._limits = limits
         self._buffers = _buffers(self._model, limits, layouts, device)
+        # Before the first step, and while steps are recorded, nothing is written.
+        self._buffers.device["slots"].fill_(NO_SLOT)
         self._first_mixed_column = next(name for name in self._buffers.device if name.startswith("mixed"))
         self._kinds = {kind: _StepKind(layouts[kind], self._model, self._buffers, kind, device) for kind in KINDS}
         # The last row takes what padded rows write.
@@ -220,7 +224,7 @@ class GpuExecution:
         groups = self._shared_prefixes(inputs, batch)
         kind: Kind = "mixed" if groups or inputs.max_query_length > 1 else "decode"
         step_kind = self._kinds[kind]
-        num_tokens = self._recordings.padded_size(inputs.num_tokens, step_kind.layout.max_tokens)
+        num_tokens = self._recordings.padded_size(inputs.num_tokens, step_kind.layout.max_tokens, LEAST_SIZES[kind])
         num_samples = self._recordings.padded_size(inputs.num_samples, self._limits.max_num_sequences)
         turn, host = self._buffers.next_host()
         self._fill_tokens(host, inputs, num_tokens)
@@ -275,7 +279,7 @@ class GpuExecution:
         input_ids[decoding] = token_of_row(inputs.rows[inputs.is_decoding])
         host["positions"][:used] = inputs.positions
         host["slots"][:used] = inputs.slot_mapping
-        for name, padding in (("input_ids", 0), ("positions", 0), ("slots", -1)):
+        for name, padding in (("input_ids", 0), ("positions", 0), ("slots", NO_SLOT)):
             host[name][used:num_tokens] = padding
 
     def _fill_samples(self, host: dict[str, Array], inputs: StepInputs, batch: InputBatch, num_samples: int) -> None:

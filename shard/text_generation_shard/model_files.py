@@ -41,18 +41,23 @@ class ResolvedModel:
 
 
 def resolve_model(
-    model_id: str | None, revision: str | None, run_folder: Path | None, settings: HubSettings
+    model_id: str | None,
+    revision: str | None,
+    run_folder: Path | None,
+    settings: HubSettings,
+    needs_weights: bool = True,
 ) -> ResolvedModel:
     """Find the model, download it if need be, and check that it can be served; raises ValueError with the reason.
 
     `model_id` is a local folder, a .gguf file, a model on the Hub, or None for the demo. The files that a GGUF file
-    stands for are written to `run_folder`/model; without a run folder they are only checked.
+    stands for are written to `run_folder`/model; without a run folder they are only checked. Where weights are not
+    needed, a folder need not hold any, and none are named.
     """
     if not model_id:
         return _gguf_model(DEMO_MODEL_ID, _demo_file(), run_folder)
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return _folder_model(model_id, revision, None, path.resolve())
+        return _folder_model(model_id, revision, None, path.resolve(), needs_weights)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelFilesError(f"{model_id} is neither a folder nor a .gguf file")
@@ -60,7 +65,7 @@ def resolve_model(
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model_id):
         raise ModelFilesError(f"{model_id} does not exist, and is not the name of a model on the Hugging Face Hub")
     folder, sha = download_model(model_id, revision, settings)
-    return _folder_model(model_id, revision, sha, folder)
+    return _folder_model(model_id, revision, sha, folder, needs_weights)
 
 
 def _demo_file() -> Path:
@@ -75,12 +80,14 @@ def _demo_file() -> Path:
     )
 
 
-def _folder_model(model_id: str, revision: str | None, sha: str | None, folder: Path) -> ResolvedModel:
+def _folder_model(
+    model_id: str, revision: str | None, sha: str | None, folder: Path, needs_weights: bool
+) -> ResolvedModel:
     if not (folder / "config.json").is_file():
         raise ModelFilesError(f"{model_id} has no config.json")
     config = _read_object(folder / "config.json")
     parse_model_config(config)
-    weight_files = _weight_files(model_id, folder)
+    weight_files = _weight_files(model_id, folder) if needs_weights else []
     if not (folder / "tokenizer.json").is_file():
         raise ModelFilesError(
             f'{model_id} has no tokenizer.json. Write one beside the weights: python -c "from transformers import '
@@ -151,14 +158,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="Branch, tag or commit of a model on the Hub.")
     parser.add_argument("--run-folder", type=Path, help="Where the files that a GGUF file stands for are written.")
     parser.add_argument("--download-only", action="store_true", help="Download and check; write nothing else.")
+    parser.add_argument("--without-weights", action="store_true", help="Name no weights; a folder may lack them.")
     options = parser.parse_args(arguments)
     if options.run_folder is None and not options.download_only:
         parser.error("--run-folder is needed unless --download-only is given")
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     run_folder = None if options.download_only else options.run_folder
+    settings, needs_weights = HubSettings.from_environment(), not options.without_weights
     try:
-        model = resolve_model(options.model_id, options.revision, run_folder, HubSettings.from_environment())
+        model = resolve_model(options.model_id, options.revision, run_folder, settings, needs_weights)
     except (ValueError, OSError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1

@@ -97,7 +97,7 @@ class ModelRunner:
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
         batch_limits = self._batch_limits(limits, num_blocks, min(longest, num_blocks * self.layout.block_size))
         self._execution.start(batch_limits, self._kv_caches)
-        self._batch = InputBatch(batch_limits, has_device_tables=self._device.type != "cpu")
+        self._batch = InputBatch(batch_limits, has_device_tables=self._execution.has_tables)
         # What stands now stays for good. From here on garbage is collected between steps only.
         gc.collect()
         gc.freeze()

@@ -54,7 +54,7 @@ def _computes_in_bfloat16() -> bool:
 
 
 def choose_form(configured_dtype: str | None, device: torch.device) -> WeightForm:
-    """A CPU multiplies with the few bits a checkpoint has, unless a type was asked for: then with that type alone."""
+    """A CPU multiplies with a checkpoint's 4-bit weights, unless a type was asked for: then with that type alone."""
     if device.type != "cpu":
         return WeightForm.PLAIN
     return WeightForm.QUANTISED if configured_dtype is None else WeightForm.PACKED
@@ -70,8 +70,10 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     dtype = choose_dtype(config.dtype, model_config.dtype, device)
     distributed.join_group(config.rank, config.world_size, config.master_addr, config.master_port, device)
     timeline.phase_ends("group")
-    form = choose_form(config.dtype, device)
-    model = load_model(model_config, config.weight_files, dtype, device, config.rank, config.world_size, form)
+    is_dummy = config.load_format == "dummy"
+    form = WeightForm.PLAIN if is_dummy else choose_form(config.dtype, device)
+    weight_files = None if is_dummy else config.weight_files
+    model = load_model(model_config, weight_files, dtype, device, config.rank, config.world_size, form)
     timeline.phase_ends("weights")
 
     progress = ProgressFile(config.run_folder, config.rank)
@@ -89,6 +91,8 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     loop = StepLoop(runner, sends_results=config.rank == 0)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.stop())
+    if is_dummy:
+        logger.warning("The weights are random (--load-format dummy): answers mean nothing")
     server = ShardServer(ShardService(loop), config.uds_path, config.rank)
     server.start()
     logger.info("%s in %s on %s", model_config.model_type, str(dtype).removeprefix("torch."), device)

@@ -1,0 +1,248 @@
+"""The GPU's way to run steps, two under way at a time, against transformers recomputing each token from scratch.
+
+Under Triton's interpreter a recorder that runs launches anew stands for CUDA graphs; on a GPU they are real ones.
+"""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from text_generation_kernels.attention_settings import AttentionShape
+from text_generation_shard.cuda_graphs import CudaRecorder, Launch, Recorder
+from text_generation_shard.gpu_execution import GpuExecution, GpuModel
+from text_generation_shard.kv_cache import KvLayout
+from text_generation_shard.model_config import load_model_config
+from text_generation_shard.model_runner import ModelInfo, ModelRunner, StepInFlight
+from text_generation_shard.progress import ProgressFile
+from text_generation_shard.step import NewSequence, StepPlan, StepResult
+from text_generation_shard.warm_up import KvBudget, WarmUpLimits
+from text_generation_shard.weights import load_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Attention leaves the rows of padding as it found them; the numbers there may be anything, and nobody reads them.
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=64, max_position_embeddings=64, tie_word_embeddings=False,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+NAN_TOKEN = 95
+NUM_BLOCKS, BLOCK_SIZE = 12, 16
+LIMITS = WarmUpLimits(max_step_tokens=40, max_num_sequences=6, max_sequence_length=64, max_kv_tokens=NUM_BLOCKS * 16)
+
+
+@pytest.fixture(autouse=True)
+def _restore_gc() -> Iterator[None]:
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def transformers_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+        # Sequences that hold this token have no finite logits; nothing chooses it.
+        model.get_input_embeddings().weight[NAN_TOKEN] = torch.nan
+        model.lm_head.weight[NAN_TOKEN] = 0.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(transformers_model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    transformers_model.save_pretrained(folder)
+    return folder
+
+
+class CountingRecorder:
+    """Stands for a GPU's: repeats the launches, and counts how often."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def record(self, launch: Launch) -> Launch:
+        launch()
+
+        def replay() -> None:
+            self.num_replays += 1
+            launch()
+
+        return replay
+
+
+@dataclass
+class Driver:
+    """Sends plans as a router does: the next one before the last one's result is there."""
+
+    runner: ModelRunner
+    recorder: Recorder
+    step: int = 0
+    in_flight: deque[StepInFlight] = field(default_factory=deque)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def send(
+        self,
+        new: Sequence[NewSequence] = (),
+        prefill: dict[int, int] | None = None,
+        removed: Sequence[int] = (),
+        grown: dict[int, list[int]] | None = None,
+    ) -> None:
+        self.step += 1
+        grown, prefill = grown or {}, prefill or {}
+        plan = StepPlan(
+            self.step,
+            removed_sequence_ids=ints(*removed),
+            new_sequences=tuple(new),
+            grown_sequence_ids=ints(*grown),
+            grown_num_blocks=ints(*(len(blocks) for blocks in grown.values())),
+            grown_block_ids=ints(*(block for blocks in grown.values() for block in blocks)),
+            prefill_sequence_ids=ints(*prefill),
+            prefill_num_tokens=ints(*prefill.values()),
+        )
+        self.in_flight.append(self.runner.launch(plan))
+        if len(self.in_flight) == 2:
+            self.receive()
+
+    def receive(self) -> StepResult:
+        result = self.runner.finish(self.in_flight.popleft())
+        rows = zip(result.sequence_ids.tolist(), result.token_ids.tolist(), result.logprobs.tolist(), strict=True)
+        for sequence_id, token, logprob in rows:
+            self.tokens.setdefault(sequence_id, []).append(token)
+            self.logprobs.setdefault(sequence_id, []).append(logprob)
+        self.failures |= result.failures
+        return result
+
+    def drain(self) -> None:
+        while self.in_flight:
+            self.receive()
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def sequence(number: int, tokens: list[int], blocks: list[int], computed: int = 0, **sampling: float) -> NewSequence:
+    return NewSequence(number, ints(*tokens), len(tokens), computed, ints(*blocks), **sampling)  # type: ignore[arg-type]
+
+
+def prompt(number: int, length: int) -> list[int]:
+    return np.random.default_rng(number).integers(0, NAN_TOKEN, length).tolist()
+
+
+@pytest.fixture
+def start(folder: Path, device: torch.device, tmp_path: Path) -> Callable[[], Driver]:
+    """Loads the model; called in the test, which alone is sure to run where kernels do."""
+    return lambda: start_driver(folder, device, tmp_path)
+
+
+def start_driver(folder: Path, device: torch.device, tmp_path: Path) -> Driver:
+    recorder: Recorder = CudaRecorder(device) if device.type == "cuda" else CountingRecorder()
+    config = load_model_config(str(folder))
+    model = load_model(config, [folder / "model.safetensors"], torch.float32, device)
+    shape = AttentionShape(2, 1, 64, BLOCK_SIZE, torch.float32)
+    gpu_model = GpuModel(model, shape, config.hidden_size, torch.float32, config.sliding_windows)  # type: ignore[arg-type]
+    execution = GpuExecution(gpu_model, device, recorder, sizes=(1, 2, 4, 16, 24))
+    layout = KvLayout(config.num_layers, 1, 64, torch.float32, BLOCK_SIZE)
+    budget = KvBudget(cpu_bytes=NUM_BLOCKS * layout.bytes_per_block)
+    info = ModelInfo("llama", "device", CONFIG.vocab_size, CONFIG.max_position_embeddings)
+    runner = ModelRunner(execution, info, layout, budget, device, ProgressFile(tmp_path, 0))
+    assert runner.warm_up(LIMITS).num_blocks == NUM_BLOCKS
+    return Driver(runner, recorder)
+
+
+@torch.inference_mode()
+def greedy(model: LlamaForCausalLM, tokens: list[int], count: int) -> tuple[list[int], list[float]]:
+    chosen, logprobs = list(tokens), []
+    for _ in range(count):
+        logits = model(torch.tensor([chosen]), use_cache=False).logits[0, -1].double()
+        chosen.append(int(logits.argmax()))
+        logprobs.append(float(logits.log_softmax(0).max()))
+    return chosen[len(tokens) :], logprobs
+
+
+def test_greedy_tokens_equal_transformers(start: Callable[[], Driver], transformers_model: LlamaForCausalLM) -> None:
+    """Chunks, decodes, a prefix hit, a preemption and an end, each while another step is under way."""
+    driver = start()
+    first, second = prompt(1, 31), prompt(2, 3)
+    third = first[:16] + prompt(3, 2)  # its first block is the first sequence's
+    driver.send([sequence(1, first, [0, 1]), sequence(2, second, [2])], prefill={1: 13, 2: 3})
+    driver.send(prefill={1: 18})
+    driver.send([sequence(3, third, [0, 3], computed=16)], prefill={3: 2})
+    driver.send(grown={1: [4]})
+    driver.send()
+    driver.send(removed=[2])  # preempted, with a token still to come
+    driver.send()
+    returned = second + driver.tokens[2]
+    driver.send([sequence(2, returned, [5])], prefill={2: len(returned)})
+    driver.send()
+    driver.send(removed=[1])
+    driver.send(removed=[3])
+    driver.drain()
+    assert driver.failures == {}
+    for number, tokens, count in ((1, first, 8), (2, second, 9), (3, third, 8)):
+        expected, logprobs = greedy(transformers_model, tokens, count)
+        assert driver.tokens[number] == expected
+        assert driver.logprobs[number] == pytest.approx(logprobs, abs=1e-4)
+    if isinstance(driver.recorder, CountingRecorder):
+        # Each step's layers and each step's head.
+        assert driver.recorder.num_replays == 2 * driver.step
+
+
+def test_nothing_is_written_but_to_slots_of_the_steps_tokens(start: Callable[[], Driver]) -> None:
+    driver = start()
+    driver.send([sequence(1, prompt(1, 5), [3]), sequence(2, prompt(2, 17), [7, 5])], prefill={1: 5, 2: 17})
+    for _ in range(3):
+        driver.send()
+    driver.drain()
+    written = {(3, offset) for offset in range(8)} | {(7, offset) for offset in range(16)}
+    written |= {(5, offset) for offset in range(4)}
+    for cache in (tensor for layer in driver.runner._kv_caches for tensor in layer):
+        places = cache.abs().sum(dim=(1, 3)).nonzero().tolist()
+        assert {tuple(place) for place in places} == written
+
+
+def test_seeded_tokens_do_not_depend_on_neighbours(start: Callable[[], Driver]) -> None:
+    driver = start()
+    mine = dict(temperature=1.0, seed=2**63 + 5, top_k=40, top_p=0.95)
+    driver.send([sequence(1, prompt(1, 9), [0], **mine)], prefill={1: 9})
+    for _ in range(5):
+        driver.send()
+    driver.send(removed=[1])
+    others = [sequence(10 + n, prompt(n, 4), [2 + n], temperature=0.7 * (n % 2), seed=n) for n in range(4)]
+    work = {10 + n: 4 for n in range(4)}
+    driver.send([*others, sequence(2, prompt(1, 9), [0], **mine)], prefill={**work, 2: 9})
+    for _ in range(5):
+        driver.send()
+    driver.drain()
+    assert driver.tokens[2] == driver.tokens[1]
+    assert len(set(driver.tokens[1])) > 2
+
+
+def test_a_row_that_is_not_finite_fails_alone(
+    start: Callable[[], Driver], transformers_model: LlamaForCausalLM
+) -> None:
+    driver, healthy = start(), prompt(4, 6)
+    driver.send([sequence(1, healthy, [0]), sequence(2, [5, NAN_TOKEN], [1])], prefill={1: 6, 2: 2})
+    driver.send()
+    driver.send()
+    driver.send([sequence(3, healthy, [2])], prefill={3: 6}, removed=[2])
+    driver.send(removed=[1])
+    driver.drain()
+    assert list(driver.failures) == [2]
+    assert 2 not in driver.tokens
+    expected, _ = greedy(transformers_model, healthy, 4)
+    assert driver.tokens[1] == expected
+    assert driver.tokens[3] == expected[:2]
