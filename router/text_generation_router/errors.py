@@ -2,11 +2,11 @@
 
 RouterError
 ├── ValidationError                 422  validation
-├── MalformedRequest                400  validation
-├── MalformedBody                   400  validation
-├── RequestTimeout                  408  validation
-├── PayloadTooLarge                 413  validation
-├── UnsupportedContentEncoding      415  validation
+│   ├── MalformedRequest            400
+│   ├── MalformedBody               400
+│   ├── RequestTimeout              408
+│   ├── PayloadTooLarge             413
+│   └── UnsupportedContentEncoding  415
 ├── BatchSizeExceeded               422  batch size exceeded
 ├── TemplateError                   422  template_error
 ├── ToolError                       422  tool_error
@@ -45,41 +45,36 @@ class ValidationError(RouterError):
     prefix = "Input validation error: "
 
 
-class MalformedRequest(RouterError):
+class MalformedRequest(ValidationError):
     """Bytes that are not HTTP, or a body that breaks its own framing; nothing after them can be read."""
 
-    status, error_type, failure_label = 400, "validation", "validation"
-    prefix = "Input validation error: "
+    status = 400
     ends_connection = True
 
 
-class MalformedBody(RouterError):
+class MalformedBody(ValidationError):
     """A body that is not JSON."""
 
-    status, error_type, failure_label = 400, "validation", "validation"
-    prefix = "Input validation error: "
+    status = 400
 
 
-class RequestTimeout(RouterError):
+class RequestTimeout(ValidationError):
     """A body that does not come to its end in time."""
 
-    status, error_type, failure_label = 408, "validation", "validation"
-    prefix = "Input validation error: "
+    status = 408
     ends_connection = True
 
 
-class PayloadTooLarge(RouterError):
+class PayloadTooLarge(ValidationError):
     """A body longer than `--payload-limit`."""
 
-    status, error_type, failure_label = 413, "validation", "validation"
-    prefix = "Input validation error: "
+    status = 413
 
 
-class UnsupportedContentEncoding(RouterError):
+class UnsupportedContentEncoding(ValidationError):
     """A compressed body."""
 
-    status, error_type, failure_label = 415, "validation", "validation"
-    prefix = "Input validation error: "
+    status = 415
 
 
 class BatchSizeExceeded(RouterError):
