@@ -20,7 +20,6 @@ class Limits:
     max_input_tokens: int
     max_total_tokens: int
     vocab_size: int  # the logits' width: every token id is below it
-    max_kv_tokens: int  # tokens that fit in KV memory
     device_name: str
 
 
@@ -52,4 +51,4 @@ def derive_limits(config: RouterConfig, info: ShardInfo, num_blocks: int) -> Lim
     max_input = max_total - 1 if config.max_input_tokens is None else config.max_input_tokens
     if not 1 <= max_input < max_total:
         raise InvalidLimits(f"--max-input-tokens {max_input} must be below --max-total-tokens {max_total}")
-    return Limits(max_input, max_total, info.vocab_size, max_kv_tokens, info.device_name)
+    return Limits(max_input, max_total, info.vocab_size, info.device_name)

@@ -17,6 +17,10 @@ MAX_STOP_STRING_CHARACTERS = 1024
 # Beyond these a temperature changes nothing but overflows float32 logits.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 MAX_SEED = 2**64 - 1
+# Names under which clients ask for text of a given form.
+_GRAMMAR_NAMES = frozenset(
+    ("grammar", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+)
 # Messages call these by their /generate names on every route: clients match on the texts.
 _FIXED_NAMES = ("inputs", "max_new_tokens")
 
@@ -196,7 +200,9 @@ class Validator:
             if getattr(options, name) not in (None, neutral)
         ]
         for name in (*refused, *options.unsupported):
-            raise self._error(options, name, "is not supported by this server")
+            is_off = self._config.disable_grammar_support and name in _GRAMMAR_NAMES
+            reason = "is switched off by --disable-grammar-support" if is_off else "is not supported by this server"
+            raise self._error(options, name, reason)
 
     def _check_token_ids(self, token_ids: list[int], options: GenerationOptions) -> None:
         vocab_size = self._limits.vocab_size

@@ -112,7 +112,7 @@ def run_with_engine(
         scheduler = Scheduler(SchedulerLimits(16, 8), blocks, tokenizer.eos_token_ids)
         metrics = Metrics()
         metrics.set_limits(100, 100)
-        engine = Engine(scheduler, shards, FakeProgress(), tokenizer, metrics, Limits(200, 256, 257, 256, "cpu"))
+        engine = Engine(scheduler, shards, FakeProgress(), tokenizer, metrics, Limits(200, 256, 257, "cpu"))
         engine.start()
         try:
             async with asyncio.timeout(20):

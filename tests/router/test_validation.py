@@ -113,3 +113,15 @@ def test_values_fit_the_protocol():
 def test_logged_options_hold_no_text():
     options = GenerationOptions(temperature=0.5, stop=("secret",), unsupported=(), names={"inputs": "prompt"})
     assert options.given() == {"temperature": 0.5, "num_stop_strings": 1}
+
+
+GRAMMAR_NAMES = ["grammar", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"]
+
+
+@pytest.mark.parametrize("name", [*GRAMMAR_NAMES, "tools"])
+def test_grammars_can_be_switched_off(name):
+    validator = Validator(RouterConfig(disable_grammar_support=True), Limits(40, 50), WordEncoder())
+    reason = "switched off by --disable-grammar-support" if name in GRAMMAR_NAMES else "not supported"
+    with pytest.raises(ValidationError, match=f"`{name}` is {reason}") as caught:
+        validator.check_options(GenerationOptions(unsupported=(name,)))
+    assert caught.value.param == name

@@ -12,6 +12,7 @@ from text_generation_router.api.generation import Generation, GenerationRequest,
 from text_generation_router.api.messages import read_messages
 from text_generation_router.api.openai import (
     AnswerHead,
+    asks_for_format,
     finish_reason,
     read_includes_usage,
     read_model_name,
@@ -74,10 +75,7 @@ def read_call(body: Fields) -> ChatCall:
 
 def _read_unsupported(body: Fields) -> list[str]:
     names = []
-    response_format = body.object("response_format")
-    if response_format is not None and response_format.required_string("type") != "text":
-        for name in ("json_schema", "value", "schema"):
-            response_format.value(name)
+    if asks_for_format(body):
         names.append("response_format")
     tool_choice = body.value("tool_choice")
     if tool_choice == "none":

@@ -13,6 +13,7 @@ from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
 from text_generation_router.api.openai import (
     AnswerHead,
+    asks_for_format,
     finish_reason,
     read_includes_usage,
     read_model_name,
@@ -64,8 +65,7 @@ def read_call(body: Fields, config: RouterConfig) -> CompletionsCall:
         unsupported.append("logprobs")
     if body.value("grammar") is not None:
         unsupported.append("grammar")
-    response_format = body.object("response_format")
-    if response_format is not None and response_format.required_string("type") != "text":
+    if asks_for_format(body):
         unsupported.append("response_format")
     prompts = _read_prompts(body)
     _check_num_prompts(len(prompts), config)

@@ -1,7 +1,7 @@
 """TGI's own dialect: POST /generate, /generate_stream and /."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from text_generation_router.api.context import Tokenizer
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
 from text_generation_router.errors import ShuttingDown
 from text_generation_router.token_stream import TokenOutput
@@ -67,25 +68,15 @@ def read_call(body: Fields, is_stream: bool, full_text_default: bool) -> Generat
     inputs = body.required_string("inputs")
     given = body.object("parameters")
     parameters = given or Fields({})
-    options = GenerationOptions(
+    options = replace(
+        read_shared_options(parameters, is_stream),
         max_new_tokens=parameters.integer("max_new_tokens"),
         # Without any parameters TGI samples.
         do_sample=parameters.boolean("do_sample", default=given is None),
-        temperature=parameters.number("temperature"),
-        top_k=parameters.integer("top_k"),
-        top_p=parameters.number("top_p"),
-        typical_p=parameters.number("typical_p"),
-        seed=parameters.integer("seed"),
-        stop=parameters.strings("stop"),
         keep_stop_string=True,
-        ignore_eos=parameters.boolean("ignore_eos"),
         truncate=parameters.integer("truncate"),
-        repetition_penalty=parameters.number("repetition_penalty"),
-        frequency_penalty=parameters.number("frequency_penalty"),
-        best_of=parameters.integer("best_of"),
         top_n_tokens=parameters.integer("top_n_tokens"),
         watermark=parameters.boolean("watermark"),
-        is_stream=is_stream,
         prefill_details=parameters.boolean("decoder_input_details"),
         unsupported=_read_unsupported(parameters),
     )

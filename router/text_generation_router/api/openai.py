@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +12,7 @@ from text_generation_router.api.context import Context
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest
+from text_generation_router.api.options import read_shared_options
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.validation import GenerationOptions
 
@@ -27,9 +29,7 @@ def read_options(
     body: Fields, is_stream: bool, unsupported: list[str], names: dict[str, str], top_n_tokens: int | None = None
 ) -> GenerationOptions:
     """Read the parameters that both routes know. These routes sample unless the temperature is 0."""
-    temperature = body.number("temperature")
-    top_p = body.number("top_p")
-    top_k = body.integer("top_k")
+    shared = read_shared_options(body, is_stream)
     if body.mapping("logit_bias"):
         unsupported.append("logit_bias")
     for name in ("adapter_id", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
@@ -37,29 +37,32 @@ def read_options(
             unsupported.append(name)
     body.string("user")  # accepted; nothing here depends on it
     max_new_tokens, max_tokens_name = _read_max_tokens(body)
-    return GenerationOptions(
+    return replace(
+        shared,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature != 0,
-        is_greedy=temperature == 0,
-        temperature=temperature or None,
-        top_k=None if top_k in (0, -1) else top_k,  # both mean off to clients of these routes
-        top_p=None if top_p == 1 else top_p,
-        typical_p=body.number("typical_p"),
+        do_sample=shared.temperature != 0,
+        is_greedy=shared.temperature == 0,
+        temperature=shared.temperature or None,
+        top_k=None if shared.top_k in (0, -1) else shared.top_k,  # both mean off to clients of these routes
+        top_p=None if shared.top_p == 1 else shared.top_p,
         min_p=body.number("min_p"),
-        seed=body.integer("seed"),
-        stop=body.strings("stop"),
         keep_stop_string=False,
-        ignore_eos=body.boolean("ignore_eos"),
-        repetition_penalty=body.number("repetition_penalty"),
-        frequency_penalty=body.number("frequency_penalty"),
         presence_penalty=body.number("presence_penalty"),
-        best_of=body.integer("best_of"),
         n=body.integer("n"),
         top_n_tokens=top_n_tokens,
-        is_stream=is_stream,
         unsupported=tuple(unsupported),
         names={"max_new_tokens": max_tokens_name, **names},
     )
+
+
+def asks_for_format(body: Fields) -> bool:
+    """Whether `response_format` is given and asks for anything but text."""
+    response_format = body.object("response_format")
+    if response_format is None or response_format.required_string("type") == "text":
+        return False
+    for name in ("json_schema", "value", "schema"):
+        response_format.value(name)
+    return True
 
 
 def _read_max_tokens(body: Fields) -> tuple[int | None, str]:
