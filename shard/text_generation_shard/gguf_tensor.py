@@ -1,20 +1,20 @@
-"""GGUF tensors as numbers: dequantising, and undoing llama.cpp's order of rows."""
+"""GGUF tensors as numbers: dequantising, or as groups of codes, and undoing llama.cpp's order of rows."""
 
 from collections.abc import Callable
 
 import gguf.quants
 import torch
 from gguf.constants import GGMLQuantizationType
+from text_generation_kernels.int4_linear import GROUP_SIZE, GroupedWeight
 
 from text_generation_shard.gguf_file import BrokenGguf, GgufTensor
 from text_generation_shard.model_config import UnsupportedModel
 
-_BLOCK_SIZE = 32
 _ROW_TYPES = ("F32", "F16")
 
 
 class GgufSource:
-    """A tensor of a GGUF file for the weight loader; see `CheckpointTensor`."""
+    """A tensor of a GGUF file for the weight loader; see `QuantisedTensor`."""
 
     def __init__(self, tensor: GgufTensor, permuted_head_dim: int | None = None) -> None:
         self._tensor = tensor
@@ -26,10 +26,25 @@ class GgufSource:
 
     def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
         """Those rows as numbers; of quantised rows all columns are computed before some are taken."""
-        values = dequantise(self._tensor, rows)
-        if self._head_dim is not None:
-            values = _restore_halves(values, self._head_dim)
+        values = self._in_order(dequantise(self._tensor, rows))
         return values if columns is None else values[:, columns]
+
+    def read_groups(self, rows: slice, columns: slice | None = None) -> GroupedWeight | None:
+        """Those rows as groups of 4-bit codes; None where the type has others, or the columns cut a group."""
+        first, end = (0, self.shape[-1]) if columns is None else (columns.start, columns.stop)
+        if self._tensor.quant_type not in _FOUR_BIT or first % GROUP_SIZE or end % GROUP_SIZE:
+            return None
+        stored = grouped(self._tensor, rows)
+        groups = slice(first // GROUP_SIZE, end // GROUP_SIZE)
+        minimums = stored.minimums
+        return GroupedWeight(
+            self._in_order(stored.codes)[:, first:end],
+            self._in_order(stored.scales)[:, groups],
+            None if minimums is None else self._in_order(minimums)[:, groups],
+        )
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self._head_dim is None else _restore_halves(rows, self._head_dim)
 
 
 def _restore_halves(values: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -41,29 +56,46 @@ def _restore_halves(values: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def dequantise(tensor: GgufTensor, rows: slice) -> torch.Tensor:
     """Rows `rows` of the tensor in float32, or in the type they are stored in if that is not quantised."""
+    if tensor.quant_type in _GROUPED:
+        return grouped(tensor, rows).values()
     data = tensor.data[rows]
     if tensor.quant_type in _ROW_TYPES:
         return torch.from_numpy(data.copy())
-    stored = torch.from_numpy(data.copy())  # [rows, bytes] uint8
     if tensor.quant_type == "BF16":
-        return stored.view(torch.bfloat16)
-    if tensor.quant_type in _FAST:
-        block_bytes, expand = _FAST[tensor.quant_type]
-        values = expand(stored.view(-1, block_bytes))
-    else:
-        try:
-            values = torch.from_numpy(gguf.quants.dequantize(data, GGMLQuantizationType[tensor.quant_type]))
-        except NotImplementedError as error:
-            raise UnsupportedModel(f"GGUF type {tensor.quant_type} of {tensor.name} is not supported") from error
+        return torch.from_numpy(data.copy()).view(torch.bfloat16)  # [rows, bytes] uint8
+    try:
+        values = torch.from_numpy(gguf.quants.dequantize(data, GGMLQuantizationType[tensor.quant_type]))
+    except NotImplementedError as error:
+        raise UnsupportedModel(f"GGUF type {tensor.quant_type} of {tensor.name} is not supported") from error
     shape = (len(data), *tensor.shape[1:])
     if values.numel() != torch.Size(shape).numel():
         raise BrokenGguf(f"GGUF tensor {tensor.name} does not hold {shape} numbers")
     return values.reshape(shape)
 
 
+def grouped(tensor: GgufTensor, rows: slice) -> GroupedWeight:
+    """Rows `rows` of a tensor of one of the types whose blocks are groups."""
+    stored = torch.from_numpy(tensor.data[rows].copy())  # [rows, bytes] uint8
+    block_bytes, split = _GROUPED[tensor.quant_type]
+    num_groups = stored.shape[1] // block_bytes
+    if (num_groups * block_bytes, num_groups * GROUP_SIZE) != (stored.shape[1], tensor.shape[1]):
+        raise BrokenGguf(f"GGUF tensor {tensor.name} does not hold rows of {tensor.shape[1]} numbers")
+    codes, scales, minimums = split(stored.view(-1, block_bytes))
+    shape = (len(stored), num_groups)
+    return GroupedWeight(
+        codes.view(len(stored), tensor.shape[1]),
+        scales.view(shape),
+        None if minimums is None else minimums.view(shape),
+    )
+
+
+# Codes [n, 32], scales [n, 1] and minimums [n, 1] of blocks.
+_Groups = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
 def _halves(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     """The block's 4-bit numbers: lower halves of its 16 bytes first, then upper halves."""  # [n, 32] uint8
-    packed = blocks[:, offset : offset + _BLOCK_SIZE // 2]
+    packed = blocks[:, offset : offset + GROUP_SIZE // 2]
     return torch.cat((packed & 0x0F, packed >> 4), dim=1)
 
 
@@ -71,21 +103,23 @@ def _half_precision(blocks: torch.Tensor, offset: int) -> torch.Tensor:
     return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()  # [n, 1]
 
 
-def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    return _halves(blocks, 2).float().sub_(8).mul_(_half_precision(blocks, 0))
+def _q4_0(blocks: torch.Tensor) -> _Groups:
+    scales = _half_precision(blocks, 0)
+    return _halves(blocks, 2), scales, scales * -8
 
 
-def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    return _halves(blocks, 4).float().mul_(_half_precision(blocks, 0)).add_(_half_precision(blocks, 2))
+def _q4_1(blocks: torch.Tensor) -> _Groups:
+    return _halves(blocks, 4), _half_precision(blocks, 0), _half_precision(blocks, 2)
 
 
-def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half_precision(blocks, 0))
+def _q8_0(blocks: torch.Tensor) -> _Groups:
+    return blocks[:, 2:].contiguous().view(torch.int8), _half_precision(blocks, 0), None
 
 
-# Types worth more than the gguf library's numpy: bytes of a block, and its 32 numbers.
-_FAST: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
+# Types whose blocks are groups: bytes of a block, and how it is split.
+_GROUPED: dict[str, tuple[int, Callable[[torch.Tensor], _Groups]]] = {
     "Q4_0": (18, _q4_0),
     "Q4_1": (20, _q4_1),
     "Q8_0": (34, _q8_0),
 }
+_FOUR_BIT = ("Q4_0", "Q4_1")

@@ -11,7 +11,7 @@ from torch import nn
 from text_generation_shard import distributed
 from text_generation_shard.gguf_file import ROPE_FACTORS, has_permuted_rows, hugging_face_name, open_gguf
 from text_generation_shard.gguf_tensor import GgufSource
-from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
+from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightForm, WeightTarget
 from text_generation_shard.model_config import ModelConfig
 from text_generation_shard.models import model_class
 
@@ -31,11 +31,12 @@ def load_model(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    form: WeightForm = WeightForm.PLAIN,
 ) -> nn.Module:
     """Build the model and fill this rank's part of it; the group must have been joined before."""
     assert distributed.world_size() == world_size, "join_group comes first"
     config.check_divisible(world_size)
-    model = model_class(config.model_type)(config, Partition(rank, world_size, dtype, device))
+    model = model_class(config.model_type)(config, Partition(rank, world_size, dtype, device, form))
     targets: dict[str, WeightTarget] = model.targets()  # type: ignore[operator]
     unfilled = {id(parameter) for parameter in model.parameters()}
     assert unfilled == {id(target.parameter) for target in targets.values()}, "a parameter no tensor goes to"

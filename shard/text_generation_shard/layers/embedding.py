@@ -6,6 +6,7 @@ from torch import nn
 
 from text_generation_shard import distributed
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
+from text_generation_shard.layers.product_weight import ProductWeight
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -26,6 +27,9 @@ class VocabParallelEmbedding(nn.Module):
         self.first_id = partition.rank * self.share
         own = partition.parameter(self.share, hidden_size) if tied_to is None else tied_to.weight
         self.weight: nn.Parameter = own
+        self.product: ProductWeight = (
+            ProductWeight(own, partition.form, is_multiplied=False) if tied_to is None else tied_to.product
+        )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of the tokens, on every rank."""  # [T] -> [T, hidden]
@@ -44,14 +48,26 @@ class VocabParallelEmbedding(nn.Module):
         start = min(self.first_id, self.vocab_size)
         end = min(self.first_id + self.share, self.vocab_size)
         if end > start:
-            self.weight[: end - start].copy_(tensor.read(slice(start, end)))
-        self.weight[end - start :].zero_()
+            self.product.load(tensor, own=slice(0, end - start), rows=slice(start, end))
+        if end - start < self.share:
+            self.product.load_zeros(slice(end - start, self.share))
 
 
 class LanguageModelHead(VocabParallelEmbedding):
     """Hidden states to logits; with tied embeddings the weight is the embedding's."""
 
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        partition: Partition,
+        tied_to: VocabParallelEmbedding | None = None,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, partition, tied_to)
+        self.product.is_multiplied = True
+        self.product.is_looked_up = tied_to is not None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the whole vocabulary, complete on every rank."""  # [R, hidden] -> [R, vocab]
-        logits = distributed.all_gather(F.linear(hidden, self.weight))
+        logits = distributed.all_gather(self.product.linear(hidden))
         return logits[:, : self.vocab_size]

@@ -1,13 +1,14 @@
 """Linear layers split over the ranks by output (column parallel) or by input (row parallel)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from text_generation_shard import distributed
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
+from text_generation_shard.layers.product_weight import ProductWeight
 
 
 class ColumnParallelLinear(nn.Module):
@@ -20,27 +21,25 @@ class ColumnParallelLinear(nn.Module):
         self.output_sizes = tuple(output_sizes)
         self.shares = [partition.share(size) for size in output_sizes]
         self.weight = partition.parameter(sum(self.shares), input_size)
+        self.product = ProductWeight(self.weight, partition.form)
         self.bias = partition.parameter(sum(self.shares)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's outputs of all packed matrices, one after another."""  # [T, input] -> [T, sum(shares)]
-        return F.linear(x, self.weight, self.bias)
+        return self.product.linear(x, self.bias)
 
     def targets(self, names: Sequence[str]) -> dict[str, WeightTarget]:
         """Targets of the packed checkpoint matrices, named without `.weight`, in packing order."""
         assert len(names) == len(self.output_sizes)
         targets = {}
         for part, name in enumerate(names):
-            targets[f"{name}.weight"] = self._target(self.weight, part, (self.output_sizes[part], self.input_size))
+            start, size = sum(self.shares[:part]), self.output_sizes[part]
+            own, rows = slice(start, start + self.shares[part]), self.partition.rows(size)
+            load = partial(self.product.load, own=own, rows=rows)
+            targets[f"{name}.weight"] = WeightTarget(self.weight, (size, self.input_size), load)
             if self.bias is not None:
-                targets[f"{name}.bias"] = self._target(self.bias, part, (self.output_sizes[part],))
+                targets[f"{name}.bias"] = WeightTarget(self.bias, (size,), partial(_load, self.bias[own], rows))
         return targets
-
-    def _target(self, parameter: nn.Parameter, part: int, shape: tuple[int, ...]) -> WeightTarget:
-        start = sum(self.shares[:part])
-        destination = parameter[start : start + self.shares[part]]
-        rows = self.partition.rows(self.output_sizes[part])
-        return WeightTarget(parameter, shape, lambda tensor: _copy(destination, tensor.read(rows)))
 
 
 class RowParallelLinear(nn.Module):
@@ -52,27 +51,25 @@ class RowParallelLinear(nn.Module):
         self.input_size = input_size
         self.output_size = output_size
         self.weight = partition.parameter(output_size, partition.share(input_size))
+        self.product = ProductWeight(self.weight, partition.form)
         self.bias = partition.parameter(output_size) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The whole output, on every rank."""  # [T, input / world_size] -> [T, output]
         if self.partition.world_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        output = distributed.all_reduce(F.linear(x, self.weight))
+            return self.product.linear(x, self.bias)
+        output = distributed.all_reduce(self.product.linear(x))
         return output if self.bias is None else output + self.bias
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint matrix `name` (without `.weight`)."""
-
-        def load(tensor: CheckpointTensor) -> None:
-            columns = self.partition.rows(self.input_size)
-            _copy(self.weight, tensor.read(slice(0, self.output_size), columns))
-
+        whole, columns = slice(0, self.output_size), self.partition.rows(self.input_size)
+        load = partial(self.product.load, own=whole, rows=whole, columns=columns)
         targets = {f"{name}.weight": WeightTarget(self.weight, (self.output_size, self.input_size), load)}
         if self.bias is not None:
             targets[f"{name}.bias"] = self.partition.whole(self.bias)
         return targets
 
 
-def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
-    destination.copy_(source)
+def _load(destination: torch.Tensor, rows: slice, tensor: CheckpointTensor) -> None:
+    destination.copy_(tensor.read(rows))

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import Protocol, runtime_checkable
 
 import torch
+from text_generation_kernels.int4_linear import GroupedWeight
 from torch import nn
 
 
@@ -16,6 +18,22 @@ class CheckpointTensor(Protocol):
 
     def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
         """Rows `rows`, and of those the columns `columns`."""
+
+
+@runtime_checkable
+class QuantisedTensor(CheckpointTensor, Protocol):
+    """A tensor whose checkpoint may hold it in 4 bits."""
+
+    def read_groups(self, rows: slice, columns: slice | None = None) -> GroupedWeight | None:
+        """The part as it is stored; None where it is stored otherwise, or the columns cut a group."""
+
+
+class WeightForm(Enum):
+    """What a matrix is kept as once it is loaded."""
+
+    PLAIN = "as it is read; on any device"
+    PACKED = "in the order of oneDNN's products; on a CPU"
+    QUANTISED = "packed, and beside it the 4 bits of a file that has those, for products of few rows; on a CPU"
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Partition:
     world_size: int
     dtype: torch.dtype
     device: torch.device
+    form: WeightForm = WeightForm.PLAIN
 
     def share(self, size: int) -> int:
         """How much of a dimension each rank holds."""
