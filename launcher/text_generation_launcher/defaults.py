@@ -75,9 +75,16 @@ def fit_step_to_device(config: RouterConfig, model: Mapping[str, Any], is_cpu: b
     return replace(config, max_batch_prefill_tokens=tokens)
 
 
-def threads_per_shard(cores: int, num_shards: int) -> int:
-    """CPU threads of one rank."""
-    return max(1, cores // num_shards)
+def threads_per_shard(cores: int, num_shards: int, environment: Mapping[str, str]) -> int:
+    """CPU threads of one rank: what OMP_NUM_THREADS says, else its share of the cores."""
+    given = environment.get("OMP_NUM_THREADS", "")
+    # OpenMP takes a list too, one number for each level of nesting; there is one level here.
+    outermost = given.split(",")[0].strip()
+    if not given:
+        return max(1, cores // num_shards)
+    if not outermost.isdecimal() or int(outermost) < 1:
+        raise SettingsError(f"OMP_NUM_THREADS is {given!r}, not a number of threads.")
+    return int(outermost)
 
 
 def _check_limits(config: RouterConfig) -> None:

@@ -146,7 +146,7 @@ class Launch:
             world_size=world_size,
             master_addr=self._config.master_addr,
             master_port=self._config.master_port or free_port(),
-            num_threads=defaults.threads_per_shard(num_cores(), world_size) if is_cpu else 0,
+            num_threads=defaults.threads_per_shard(num_cores(), world_size, self._environment) if is_cpu else 0,
             json_output=True,
             log_level=self._log_level,
         )

@@ -113,4 +113,13 @@ def test_step_size(given: dict[str, int], is_cpu: bool, tokens: int | None) -> N
 
 @pytest.mark.parametrize(("cores", "num_shards", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
 def test_threads(cores: int, num_shards: int, threads: int) -> None:
-    assert defaults.threads_per_shard(cores, num_shards) == threads
+    assert defaults.threads_per_shard(cores, num_shards, {}) == threads
+    assert defaults.threads_per_shard(cores, num_shards, {"OMP_NUM_THREADS": ""}) == threads
+    assert defaults.threads_per_shard(cores, num_shards, {"OMP_NUM_THREADS": "3"}) == 3
+    assert defaults.threads_per_shard(cores, num_shards, {"OMP_NUM_THREADS": "5,1"}) == 5
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ",2"])
+def test_threads_that_are_no_number(value: str) -> None:
+    with pytest.raises(SettingsError, match="OMP_NUM_THREADS"):
+        defaults.threads_per_shard(8, 1, {"OMP_NUM_THREADS": value})
