@@ -5,6 +5,7 @@ import json
 
 import pytest
 from text_generation_router.api.event_stream import EventStream
+from text_generation_router.errors import GenerationError
 
 
 def test_keep_alive_comment_after_silence(serving, make_engine, monkeypatch):
@@ -87,6 +88,29 @@ def test_a_refusal_by_the_engine(serving, monkeypatch, is_started):
             answer = json.loads(content.removeprefix(b"data: "))
             assert answer["error_type"] == "overloaded"
             assert served.counts()['tgi_request_failure{err="overloaded"}'] == 1
+            assert served.context.permits.num_taken == 0
+
+    asyncio.run(run())
+
+
+def test_a_bug_after_the_status_is_sent_ends_the_connection(serving, make_engine, monkeypatch):
+    """A second answer would be read as a part of the first."""
+
+    def broken(*_):
+        raise KeyError("secret")
+
+    monkeypatch.setattr("text_generation_router.api.event_stream.error_event", broken)
+
+    async def run():
+        async with serving(make_engine(error=GenerationError("step failed"))) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+            writer.write(b'POST /generate_stream HTTP/1.1\r\nHost: a\r\nContent-Length: 15\r\n\r\n{"inputs": "a"}')
+            content = await reader.read()
+            assert content.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert content.count(b"HTTP/1.1") == 1
+            assert not content.endswith(b"0\r\n\r\n")
+            assert b"secret" not in content
+            writer.close()
             assert served.context.permits.num_taken == 0
 
     asyncio.run(run())

@@ -2,7 +2,13 @@
 
 import pytest
 from text_generation_router.config import RouterConfig
-from text_generation_router.limits import InvalidLimits, derive_limits, step_limits
+from text_generation_router.limits import (
+    DEFAULT_MAX_NUM_SEQUENCES,
+    DEFAULT_MAX_STEP_TOKENS,
+    InvalidLimits,
+    derive_limits,
+    step_limits,
+)
 from text_generation_router.shard_client import ShardInfo
 
 BLOCK_SIZE = 16
@@ -46,7 +52,7 @@ def test_limits_that_contradict(flags, num_blocks, reason):
 @pytest.mark.parametrize(
     ("flags", "num_positions", "expected"),
     [
-        ({}, 131_072, (4096, 256)),
+        ({}, 131_072, (DEFAULT_MAX_STEP_TOKENS, DEFAULT_MAX_NUM_SEQUENCES)),
         ({}, 100, (100, 50)),
         ({"max_batch_prefill_tokens": 1}, 2048, (1, 1)),
         ({"max_batch_prefill_tokens": 1000, "max_batch_size": 32}, 2048, (1000, 32)),
