@@ -1,0 +1,42 @@
+"""The benchmarks still run: the shortest row of the router's, and a comparison of a server with itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parent
+
+
+def run_benchmark(script: str, *flags: str) -> list[Any]:
+    command = [sys.executable, str(FOLDER / script), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_the_router_runs_the_steps_of_the_replay() -> None:
+    [line] = run_benchmark("bench_router.py", "--rows", "chat-c1")
+    assert line["name"] == "chat-c1"
+    assert line["steps"] == line["ideal_steps"]
+    assert 0.8 < line["share_of_ideal"] <= 1
+    assert 0 <= line["idle_share"] < 0.2
+    assert line["ttft_p50_ms"] >= line["ideal_ttft_p50_ms"]
+    assert line["router_cpu_us_per_token"] > 0
+
+
+def test_a_server_beside_itself(demo: Any) -> None:
+    [line] = run_benchmark("bench_cpu.py", "--rows", "chat-c8", "--url", demo.url, "--peer", demo.url)
+    assert line["ratios"]["out_tok_s"] == pytest.approx(line["ours"]["out_tok_s"] / line["peer"]["out_tok_s"], rel=1e-3)
+    assert line["ours"]["ttft_p50_ms"] > 0
+
+
+def test_a_row_that_is_not_there() -> None:
+    command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--rows", "chat-c3"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "chat-c3" in ended.stderr
