@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from text_generation_router.config import RouterConfig
 from text_generation_router.shard_client import ShardInfo
 
-DEFAULT_MAX_STEP_TOKENS = 4096
-DEFAULT_MAX_NUM_SEQUENCES = 256
+DEFAULT_MAX_STEP_TOKENS = 2048
+DEFAULT_MAX_NUM_SEQUENCES = 512
 
 
 class InvalidLimits(Exception):

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from text_generation_shard import distributed
+from text_generation_shard.dummy_weights import fill_at_random
 from text_generation_shard.gguf_file import ROPE_FACTORS, has_permuted_rows, hugging_face_name, open_gguf
 from text_generation_shard.gguf_tensor import GgufSource
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightForm, WeightTarget
@@ -26,20 +27,26 @@ class WeightError(ValueError):
 
 def load_model(
     config: ModelConfig,
-    weight_files: Sequence[str | Path],
+    weight_files: Sequence[str | Path] | None,
     dtype: torch.dtype,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
     form: WeightForm = WeightForm.PLAIN,
 ) -> nn.Module:
-    """Build the model and fill this rank's part of it; the group must have been joined before."""
+    """Build the model and fill this rank's part of it, at random where `weight_files` is None.
+
+    The group must have been joined before.
+    """
     assert distributed.world_size() == world_size, "join_group comes first"
     config.check_divisible(world_size)
     model = model_class(config.model_type)(config, Partition(rank, world_size, dtype, device, form))
     targets: dict[str, WeightTarget] = model.targets()  # type: ignore[operator]
     unfilled = {id(parameter) for parameter in model.parameters()}
     assert unfilled == {id(target.parameter) for target in targets.values()}, "a parameter no tensor goes to"
+    if weight_files is None:
+        fill_at_random(model, rank)
+        return model.eval()
     with torch.inference_mode():
         _fill(targets, _checkpoint_tensors(config, weight_files), config.tie_word_embeddings)
     return model.eval()

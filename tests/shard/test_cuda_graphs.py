@@ -54,7 +54,7 @@ def test_recordings_are_kept_apart_by_key_and_size() -> None:
 def test_sizes_of_the_flag() -> None:
     assert graph_sizes("0") == ()
     assert graph_sizes("4, 8,1") == (4, 8, 1)
-    assert max(graph_sizes(None)) == 512
+    assert max(graph_sizes(None)) == 2048
     for text in ("", "a", "4,0", "-1", "1.5", "4,,5"):
         with pytest.raises(ValueError, match="--cuda-graphs"):
             graph_sizes(text)
