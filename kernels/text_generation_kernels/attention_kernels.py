@@ -7,8 +7,10 @@ matrix unit). Rows are tokens times the query heads of one key/value head, so ke
 import triton
 import triton.language as tl
 
+from text_generation_kernels.dispatch import wait_for_inputs
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(8)
+NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(9)
 NUM_MERGE_COLUMNS: tl.constexpr = tl.constexpr(4)
 
 
@@ -26,6 +28,7 @@ def attention_items_kernel(
     output,  # [T, H, D]
     partial_output,  # [slots, H, D] float32
     partial_weight,  # [slots, H] float32: log2 of the sum of the row's exponentials
+    arrivals,  # [rows, KVH] int32, zeros: how many of a unit's pieces are there, at its first row
     table_stride,
     scale,
     soft_cap,
@@ -40,8 +43,11 @@ def attention_items_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     SPLIT_MASK: tl.constexpr,  # walk the tiles that every row sees without a mask
+    MERGES: tl.constexpr,  # the last piece of a unit to arrive merges them; else a kernel that follows does
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
+    EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     # Neighbouring programs take the heads of the same blocks, which lie side by side in memory.
     worker = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -102,11 +108,53 @@ def attention_items_kernel(
             result = total.to(output.dtype.element_ty)
             tl.store(output + where[:, None] + dims[None, :], result, mask=is_element)
         else:
-            slots = tl.load(row_slots + row, mask=is_row, other=0).to(tl.int64) + piece
-            lanes = slots * (NUM_KV_HEADS * GROUP_SIZE) + heads
+            first_lanes = (
+                tl.load(row_slots + row, mask=is_row, other=0).to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + heads
+            )
+            lanes = first_lanes + piece * (NUM_KV_HEADS * GROUP_SIZE)
             tl.store(partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], total, mask=is_element)
             log_weight = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
             tl.store(partial_weight + lanes, log_weight, mask=is_row)
+            if MERGES:
+                num_pieces = tl.load(item + 8)
+                arrival = arrivals + first_row * NUM_KV_HEADS + kv_head
+                # All threads have stored before one of them counts; the last piece sees what the others stored.
+                tl.debug_barrier()
+                if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
+                    tl.store(arrival, 0)
+                    result = _merge_pieces(
+                        partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
+                        NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, ROWS, PADDED_DIM,
+                    )  # fmt: skip
+                    tl.store(
+                        output + where[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=is_element
+                    )
+
+
+@triton.jit
+def _merge_pieces(
+    partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """The mean of a unit's partial results by their weights, in the order of the pieces, past the first-level cache."""
+    total = tl.zeros([ROWS, PADDED_DIM], dtype=tl.float32)
+    top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    for piece in range(0, num_pieces):
+        lanes = first_lanes + piece * NUM_HEADS
+        log_weights = tl.load(partial_weight + lanes, mask=is_row, other=-float("inf"), cache_modifier=".cg")
+        parts = tl.load(
+            partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], mask=is_element, other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, log_weights)
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(log_weights - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink[:, None] + parts * weights[:, None]
+        weight = weight * shrink + weights
+        top = new_top
+    # Every row sees at least its own key; padded rows are not stored.
+    return total / tl.where(weight > 0, weight, 1.0)[:, None]
 
 
 @triton.jit

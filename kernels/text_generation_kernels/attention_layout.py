@@ -22,10 +22,15 @@ FULL_START = 4  # every row sees every key of FULL_START … FULL_END - 1, which
 FULL_END = 5
 KEY_END = 6
 PIECE = 7  # added to a row's slot: where the item's partial result goes; -1: it is the whole result
-NUM_ITEM_COLUMNS = 8
+NUM_PIECES = 8  # of the unit
+NUM_ITEM_COLUMNS = 9
 
 # Columns of a token whose partial results must be merged.
 NUM_MERGE_COLUMNS = 4  # token, first partial slot, number of slots, unused
+
+# Longer queries go to the wide kernel. Up to here reading a sequence's keys once for every few tokens, mostly from the
+# second-level cache, beats a launch of the wide kernel: suffixes behind a prefix hit are this short.
+MAX_NARROW_QUERY = 16
 
 # Sections start at multiples of this many int32, so that every one is aligned for vector loads.
 ALIGNMENT = 32
@@ -48,13 +53,13 @@ Section = tuple[int, tuple[int, ...]]  # offset in the buffer, shape
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Sizes of the work buffer. `wide` may be None where every sequence decodes: its kernel is then not launched."""
+    """Sizes of the work buffer. `wide` may be None where all queries are short: its kernel is then not launched."""
 
     group_size: int  # query heads of one key/value head
     block_size: int
     max_tokens: int
     max_sequences: int
-    narrow: Tile  # units of few tokens, most of them one decoding token
+    narrow: Tile  # units of few tokens, most of them one decoding token; queries of up to MAX_NARROW_QUERY tokens
     wide: Tile | None  # prompts, and decoding tokens that share a prefix
 
     def __post_init__(self) -> None:
@@ -77,26 +82,33 @@ class AttentionLayout:
     @cached_property
     def max_partials(self) -> int:
         """Partial results that a plan can need, over all cuts of units and all shared prefixes."""
-        # The n workers of a kernel make at most n - 1 cuts, so fewer than 2n items belong to units that are cut. A
+        # The n workers of a kernel make fewer than n cuts, so fewer than 2n items belong to units that are cut. A
         # decoding token with a shared prefix has two results even where neither of its units is cut.
         cut_wide = 0 if self.wide is None else 2 * self.wide.num_workers * self.wide_tokens
         return 2 * self.narrow.num_workers * self.narrow_tokens + cut_wide + 2 * self.max_sequences
+
+    @property
+    def max_rows(self) -> int:
+        """Entries of the row arrays: the step's tokens, and those of shared prefixes once more."""
+        return self.max_tokens + self.max_sequences
 
     @cached_property
     def sections(self) -> dict[str, Section]:
         """Each part's offset and shape, in the order in which they lie."""
         wide_workers = 0 if self.wide is None else self.wide.num_workers
         # A sequence has its own units and, if it shares a prefix, is in one more.
+        units_per_sequence = -(-MAX_NARROW_QUERY // self.narrow_tokens)
+        max_narrow_units = min(self.max_tokens, self.max_sequences * units_per_sequence) + self.max_sequences
         max_wide_units = 0 if self.wide is None else self.max_tokens // self.wide_tokens + 2 * self.max_sequences
         shapes: dict[str, tuple[int, ...]] = {
             "num_merged": (1,),
             "narrow_starts": (self.narrow.num_workers + 1,),
             "wide_starts": (wide_workers + 1,),
-            "narrow_items": (2 * self.max_sequences + self.narrow.num_workers, NUM_ITEM_COLUMNS),
+            "narrow_items": (max_narrow_units + self.narrow.num_workers, NUM_ITEM_COLUMNS),
             "wide_items": (max_wide_units + wide_workers, NUM_ITEM_COLUMNS),
-            "row_tokens": (self.max_tokens + self.max_sequences,),
-            "row_positions": (self.max_tokens + self.max_sequences,),
-            "row_slots": (self.max_tokens + self.max_sequences,),
+            "row_tokens": (self.max_rows,),
+            "row_positions": (self.max_rows,),
+            "row_slots": (self.max_rows,),
             "merged": (self.max_tokens, NUM_MERGE_COLUMNS),
         }
         sections, offset = {}, 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.attention_layout import MAX_NARROW_QUERY, AttentionLayout, Tile
 from text_generation_kernels.shared_prefix import SharedPrefix
 
 
@@ -32,6 +32,7 @@ class _Cut:
     """The items of one kernel, in the order of its workers."""
 
     unit: np.ndarray  # [items]
+    piece: np.ndarray  # [items] number of the item within its unit
     first_tile: np.ndarray  # [items] counted from the unit's first key
     end_tile: np.ndarray  # [items]
     worker_starts: np.ndarray  # [workers + 1] first item of each worker
@@ -64,13 +65,13 @@ def plan_attention(
         layout.view(buffer, f"{name}_starts")[:] = 0
         if tile is not None and len(chosen) > 0:
             num_tiles = -(-(units.key_end - units.key_start)[chosen] // tile.keys)
-            cut = _cut(num_tiles, tile)
+            cut = _cut(num_tiles, tile) if name == "narrow" else _deal(num_tiles, tile)
             pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
             cuts.append((name, tile, chosen, cut))
     is_split = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
     tables = units.table if table_rows is None else table_rows[units.table]
     for name, tile, chosen, cut in cuts:
-        _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split)
+        _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split, pieces)
         layout.view(buffer, f"{name}_starts")[:] = cut.worker_starts
 
 
@@ -87,7 +88,8 @@ def _check(
     assert (query_lengths >= 0).all()
     assert (query_lengths <= lengths).all(), "a sequence's newest tokens are among its keys"
     if layout.wide is None:
-        assert (query_lengths <= layout.narrow_tokens).all(), "prompts need the wide kernel"
+        assert (query_lengths <= MAX_NARROW_QUERY).all(), "prompts need the wide kernel"
+        assert not groups, "shared prefixes need the layout with the wide kernel, and the merge that follows"
     for group in groups:
         assert group.length % layout.block_size == 0
         assert (query_lengths[group.sequences] == 1).all()
@@ -111,7 +113,7 @@ def _own_units(
     skipped = np.zeros(len(lengths), dtype=np.int64)
     for group in groups:
         skipped[group.sequences] = group.length
-    is_wide = query_lengths > layout.narrow_tokens
+    is_wide = query_lengths > MAX_NARROW_QUERY
     tile_tokens = np.where(is_wide, max(layout.wide_tokens, 1), layout.narrow_tokens)
     num_units = -(-query_lengths // tile_tokens)
     table = np.repeat(np.arange(len(lengths)), num_units)
@@ -163,23 +165,50 @@ def _columns(units: _Units) -> list[np.ndarray]:
 
 
 def _cut(num_tiles: np.ndarray, tile: Tile) -> _Cut:
-    """Give each worker an equal stretch of all tiles laid end to end, or, with little to do, one piece of a unit."""
+    """Give each worker an equal stretch of all tiles laid end to end, or, with little to do, one piece of a unit.
+
+    Right where time is that of reading the keys: merging what was cut costs little beside it.
+    """
     total, workers = int(num_tiles.sum()), tile.num_workers
     share = -(-total // workers)
     if share < tile.min_key_tiles:
         pieces = -(-num_tiles // tile.min_key_tiles)
         if pieces.sum() <= workers:
-            unit = np.repeat(np.arange(len(num_tiles)), pieces)
-            piece = np.arange(len(unit)) - _exclusive_sum(pieces)[unit]
-            first = piece * num_tiles[unit] // pieces[unit]
-            end = (piece + 1) * num_tiles[unit] // pieces[unit]
-            return _Cut(unit, first, end, np.minimum(np.arange(workers + 1), len(unit)))
+            unit, piece, first, end = _even_pieces(num_tiles, pieces)
+            return _Cut(unit, piece, first, end, np.minimum(np.arange(workers + 1), len(unit)))
     starts = _exclusive_sum(num_tiles)
     cuts = np.unique(np.concatenate((starts, np.arange(0, total, share))))
     unit = np.searchsorted(starts, cuts, side="right") - 1
     ends = np.append(cuts[1:], total)
     worker_starts = np.searchsorted(cuts, np.arange(workers + 1) * share)
-    return _Cut(unit, cuts - starts[unit], ends - starts[unit], worker_starts)
+    piece = np.arange(len(unit)) - np.searchsorted(unit, unit)
+    return _Cut(unit, piece, cuts - starts[unit], ends - starts[unit], worker_starts)
+
+
+def _deal(num_tiles: np.ndarray, tile: Tile) -> _Cut:
+    """Deal whole units out to the workers, the longest first and to and fro, so that all get about the same.
+
+    Only a unit well beyond a worker's share is cut, for partial results of many rows are as large as keys and values.
+    """
+    workers = tile.num_workers
+    longest = max(tile.min_key_tiles, -(-int(num_tiles.sum()) * 5 // (4 * workers)))
+    unit, piece, first, end = _even_pieces(num_tiles, -(-num_tiles // longest))
+    order = np.argsort(first - end, kind="stable")
+    turn = np.arange(len(order))
+    place = turn % workers
+    worker = np.where(turn // workers % 2 == 0, place, workers - 1 - place)
+    order = order[np.argsort(worker, kind="stable")]
+    worker_starts = np.concatenate(([0], np.cumsum(np.bincount(worker, minlength=workers))))
+    return _Cut(unit[order], piece[order], first[order], end[order], worker_starts)
+
+
+def _even_pieces(num_tiles: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each unit in so many pieces of about the same length: unit, number within it, first tile, end tile."""
+    unit = np.repeat(np.arange(len(num_tiles)), pieces)
+    piece = np.arange(len(unit)) - _exclusive_sum(pieces)[unit]
+    first = piece * num_tiles[unit] // pieces[unit]
+    end = (piece + 1) * num_tiles[unit] // pieces[unit]
+    return unit, piece, first, end
 
 
 def _write_rows(
@@ -229,6 +258,7 @@ def _write_items(
     chosen: np.ndarray,  # the units of this kernel
     cut: _Cut,
     is_split: np.ndarray,  # of every unit
+    pieces: np.ndarray,  # of every unit
 ) -> None:
     unit = chosen[cut.unit]
     key_start = units.key_start[unit] + cut.first_tile * tile.keys
@@ -238,10 +268,9 @@ def _write_items(
     # Without a whole tile that all rows see, the masked keys to the right are all of them.
     has_full = full_end > full_start
     full_start, full_end = np.where(has_full, full_start, key_start), np.where(has_full, full_end, key_start)
-    first_of_unit = np.searchsorted(cut.unit, cut.unit)
-    piece = np.where(is_split[unit], np.arange(len(unit)) - first_of_unit, -1)
+    piece = np.where(is_split[unit], cut.piece, -1)
     first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], tables[unit]
-    columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece)
+    columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece, pieces[unit])
     layout.view(buffer, f"{name}_items")[: len(unit)] = np.stack(columns, axis=1)
 
 

@@ -4,6 +4,7 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 
 # Set when Triton was imported with TRITON_INTERPRET=1: kernels then run, slowly, on CPU tensors.
 INTERPRETS = bool(triton.knobs.runtime.interpret)
@@ -18,6 +19,26 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs of the largest size run at once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be started while the one ahead of it on the stream ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that calls `wait_for_inputs` with its parameter EARLY before it touches memory."""
+    is_early = launches_early(device)
+    return {"EARLY": True, "launch_pdl": True} if is_early else {"EARLY": False}
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Wait until the kernels ahead have ended and what they wrote can be read; then let the next kernel start."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @functools.cache

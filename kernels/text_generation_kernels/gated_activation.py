@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from text_generation_kernels import reference, reference_fused
-from text_generation_kernels.dispatch import runs_kernel
+from text_generation_kernels.dispatch import early_launch, runs_kernel, wait_for_inputs
 from text_generation_kernels.launch_settings import launch_settings
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -34,7 +34,7 @@ def gated_activation(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     num_blocks = triton.cdiv(width, settings["BLOCK"])
     if num_rows:
         gated_activation_kernel[(num_rows * num_blocks,)](
-            x, output, x.stride(0), num_blocks, WIDTH=width, ACTIVATION=activation, **settings
+            x, output, x.stride(0), num_blocks, WIDTH=width, ACTIVATION=activation, **early_launch(x.device), **settings
         )
     return output
 
@@ -52,8 +52,10 @@ def activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_activation_kernel(
-    x, output, x_stride, num_blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr
+    x, output, x_stride, num_blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
     columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH

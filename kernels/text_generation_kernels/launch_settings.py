@@ -21,6 +21,9 @@ GPU_CLASSES = {
     "ada": ("RTX 40", "L40", "L4", "Ada"),
 }
 
+SMALL_PRODUCT: Settings = {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 6}
+LARGE_PRODUCT: Settings = {"BLOCK_N": 64, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4}
+
 # (operation, GPU class) -> keyword arguments of the launch. "default" serves every class without an entry. An
 # operation may have entries for one of its shapes too, named operation/shape.
 SETTINGS: dict[tuple[str, str], Settings] = {
@@ -33,10 +36,29 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("sampling_search", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_settle", "default"): {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
-    ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5},
+    # Products of few rows: small and large are widths of the output, the number is that of the padded rows.
+    ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4},
+    ("skinny_matmul/small16", "h100"): SMALL_PRODUCT,
+    ("skinny_matmul/small32", "h100"): SMALL_PRODUCT,
+    ("skinny_matmul/small64", "h100"): SMALL_PRODUCT,
+    ("skinny_matmul/small16", "h200"): SMALL_PRODUCT,
+    ("skinny_matmul/small32", "h200"): SMALL_PRODUCT,
+    ("skinny_matmul/small64", "h200"): SMALL_PRODUCT,
+    ("skinny_matmul", "h100"): LARGE_PRODUCT,
+    ("skinny_matmul", "h200"): LARGE_PRODUCT,
     ("skinny_matmul_gated", "default"): {
-        "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+        "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4,
     },
+    ("skinny_matmul_gated/large32", "h100"): LARGE_PRODUCT | {"num_warps": 8},
+    ("skinny_matmul_gated/large16", "h100"): {
+        "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("skinny_matmul_gated/large32", "h200"): LARGE_PRODUCT | {"num_warps": 8},
+    ("skinny_matmul_gated/large16", "h200"): {
+        "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+    },
+    ("skinny_matmul_gated", "h100"): LARGE_PRODUCT,
+    ("skinny_matmul_gated", "h200"): LARGE_PRODUCT,
     # CTAS_PER_SM says how many programs of the kernel fit on a multiprocessor, by registers and shared memory. d64,
     # d128, d256: the head size, rounded up to a power of two. Loads go through block ids, so that of n stages n // 2
     # hold keys and values in flight.
@@ -59,22 +81,22 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d64", "h100"): {
-        "KEYS": 64, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "h100"): {
-        "KEYS": 32, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d256", "h100"): {
-        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d64", "h200"): {
-        "KEYS": 64, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "h200"): {
-        "KEYS": 32, "CTAS_PER_SM": 5, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d256", "h200"): {
-        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/float32", "default"): {
         "KEYS": 16, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 4, "num_stages": 3,
@@ -86,10 +108,10 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,
     },
     ("attention_wide/d128", "h100"): {
-        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "h200"): {
-        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "a100"): {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,

@@ -12,7 +12,8 @@ import triton
 from text_generation_kernels import reference
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import INTERPRETS, runs_kernel
+from text_generation_kernels.dispatch import INTERPRETS, early_launch, runs_kernel
+from text_generation_kernels.side_stream import beside, join
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Partial results that one program of the merge reads at a time.
@@ -47,6 +48,8 @@ class AttentionWorkspace:
         self.plan = torch.zeros(layout.size, dtype=torch.int32, device=device) if plan is None else plan
         self.partial_output = torch.empty(layout.max_partials, num_heads, head_dim, device=device)
         self.partial_weight = torch.empty(layout.max_partials, num_heads, device=device)
+        # Of the pieces of each unit, by its first row; whoever counts to the end sets it back to zero.
+        self.arrivals = torch.zeros(layout.max_rows * num_kv_heads, dtype=torch.int32, device=device)
         self._sections = {
             name: self.plan[offset : offset + shape[0] * (shape[1] if len(shape) > 1 else 1)]
             for name, (offset, shape) in layout.sections.items()
@@ -55,7 +58,7 @@ class AttentionWorkspace:
     @property
     def num_bytes(self) -> int:
         """Device memory held, for the memory ledger."""
-        return sum(part.nbytes for part in (self.plan, self.partial_output, self.partial_weight))
+        return sum(part.nbytes for part in (self.plan, self.partial_output, self.partial_weight, self.arrivals))
 
     def load(self, plan: torch.Tensor) -> None:
         """Copy a plan made by `plan_attention`, best from pinned memory, in stream order."""
@@ -85,9 +88,15 @@ def paged_attention(
     _check(query, key_cache, value_cache, batch, scale, workspace, output)
     layout = workspace.layout
     factors = (scale, soft_cap or 0.0, sliding_window or 0)
-    if layout.wide is not None:
-        _launch_items("wide", layout.wide, query, key_cache, value_cache, batch, workspace, output, factors)
-    _launch_items("narrow", layout.narrow, query, key_cache, value_cache, batch, workspace, output, factors)
+    tensors = (query, key_cache, value_cache, batch, workspace, output)
+    if layout.wide is None:
+        _launch_items("narrow", layout.narrow, *tensors, factors)
+        return output
+    # One waits for the matrix unit, the other for memory: side by side they take little more than the longer one.
+    with beside(query.device, "wide attention"):
+        _launch_items("wide", layout.wide, *tensors, factors)
+    _launch_items("narrow", layout.narrow, *tensors, factors)
+    join(query.device, "wide attention")
     num_heads, head_dim = query.shape[1:]
     num_programs = min(layout.max_tokens * num_heads, 2 * layout.narrow.num_workers * workspace.num_kv_heads)
     merge_partials_kernel[(num_programs,)](
@@ -112,16 +121,19 @@ def _launch_items(
 ) -> None:
     num_kv_heads, head_dim = workspace.num_kv_heads, query.shape[2]
     _, soft_cap, sliding_window = factors
+    # Beside the wide kernel a token's pieces may be of both, and a kernel started early would have two to wait for.
+    merges = workspace.layout.wide is None
     attention_items_kernel[(tile.num_workers * num_kv_heads,)](
         query, key_cache, value_cache, batch.block_tables,
         workspace.section(f"{name}_starts"), workspace.section(f"{name}_items"),
         workspace.section("row_tokens"), workspace.section("row_positions"), workspace.section("row_slots"),
-        output, workspace.partial_output, workspace.partial_weight, batch.block_tables.stride(0), *factors,
+        output, workspace.partial_output, workspace.partial_weight, workspace.arrivals,
+        batch.block_tables.stride(0), *factors,
         GROUP_SIZE=workspace.layout.group_size, NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
         HAS_WINDOW=sliding_window > 0, HAS_SOFT_CAP=soft_cap > 0, SPLIT_MASK=name == "wide",
-        WIDEN=INTERPRETS,
+        MERGES=merges, WIDEN=INTERPRETS, **(early_launch(query.device) if merges else {"EARLY": False}),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from text_generation_kernels import reference
-from text_generation_kernels.dispatch import runs_kernel
+from text_generation_kernels.dispatch import early_launch, runs_kernel, wait_for_inputs
 from text_generation_kernels.launch_settings import launch_settings
 
 LARGEST_ROW = 32768
@@ -58,14 +58,16 @@ def _launch(
     settings = settings | {"num_warps": max(1, min(settings["num_warps"], block // 256))}
     rms_norm_kernel[(num_rows,)](
         x, residual, weight, normed, total, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        HIDDEN=hidden, BLOCK=block, **settings,
+        HIDDEN=hidden, BLOCK=block, **early_launch(x.device), **settings,
     )  # fmt: skip
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, normed, total, x_stride, residual_stride, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
+    x, residual, weight, normed, total, x_stride, residual_stride, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN

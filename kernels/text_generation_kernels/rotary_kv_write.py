@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from text_generation_kernels import reference_fused
-from text_generation_kernels.dispatch import runs_kernel
+from text_generation_kernels.dispatch import early_launch, runs_kernel, wait_for_inputs
 from text_generation_kernels.launch_settings import launch_settings
 
 
@@ -51,7 +51,7 @@ def rotary_kv_write(
         rotary_kv_write_kernel[(num_tokens, num_programs)](
             qkv, positions, cos_sin_cache, key_cache, value_cache, slot_mapping, query, query_norm, key_norm,
             qkv.stride(0), eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, **settings,
+            ROTARY_DIM=rotary_dim, BLOCK_SIZE=block_size, **early_launch(qkv.device), **settings,
         )  # fmt: skip
     return query
 
@@ -60,8 +60,9 @@ def rotary_kv_write(
 def rotary_kv_write_kernel(
     qkv, positions, cos_sin_cache, key_cache, value_cache, slot_mapping, query, query_norm, key_norm,
     qkv_stride, eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)

@@ -1,6 +1,6 @@
 """Products of a few rows with a large weight, as in decoding: the time is that of reading the weight once.
 
-Rows are padded to the 16 of one tensor-core instruction. Where tiles of the output are too few to keep every
+Rows are padded to a power of two. Where tiles of the output are too few to keep every
 multiprocessor reading, K is split: each part leaves float32 sums, and the last to finish adds them up in order.
 """
 
@@ -12,8 +12,15 @@ from text_generation_kernels import reference_fused
 from text_generation_kernels.dispatch import INTERPRETS, runs_kernel, zeroed_counters
 from text_generation_kernels.launch_settings import launch_settings
 
-MAX_ROWS = 16
+MAX_ROWS = 64  # from more rows on cuBLAS is the faster one
+LEAST_ROWS = 16  # of one tensor-core instruction
+SMALL_WIDTH = 4096  # up to here an output needs small tiles to keep every multiprocessor reading
 MAX_TILES = 16384
+
+
+def is_skinny(x: torch.Tensor) -> bool:
+    """Whether products with these rows come here rather than to cuBLAS, which is the faster one from more rows on."""
+    return x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32
 
 
 def skinny_linear(
@@ -39,6 +46,11 @@ def skinny_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _launch("skinny_matmul_gated", x, weight, None, None, weight.shape[0] // 2)
 
 
+def settings_shape(padded_rows: int, width: int) -> str:
+    """The word in the launch table for a product of so many rows with an output so wide."""
+    return f"{'small' if width <= SMALL_WIDTH else 'large'}{padded_rows}"
+
+
 def _launch(
     operation: str,
     x: torch.Tensor,
@@ -52,7 +64,8 @@ def _launch(
     assert weight.shape[1] == depth
     assert weight.is_contiguous()
     assert x.stride(1) == 1
-    settings = launch_settings(operation, x.device, f"{weight.shape[0]}x{depth}")
+    padded_rows = max(LEAST_ROWS, triton.next_power_of_2(num_rows))
+    settings = launch_settings(operation, x.device, settings_shape(padded_rows, width))
     num_tiles, num_splits = triton.cdiv(width, settings["BLOCK_N"]), settings["SPLIT_K"]
     assert num_tiles <= MAX_TILES
     output = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
@@ -63,7 +76,7 @@ def _launch(
     if num_rows:
         skinny_matmul_kernel[(num_tiles, num_splits)](
             x, weight, bias, residual, output, partials, counters, num_rows, x.stride(0),
-            0 if residual is None else residual.stride(0), WIDTH=width, DEPTH=depth, MAX_ROWS=MAX_ROWS,
+            0 if residual is None else residual.stride(0), WIDTH=width, DEPTH=depth, ROWS=padded_rows,
             IS_GATED=operation == "skinny_matmul_gated", WIDEN=INTERPRETS, **settings,
         )  # fmt: skip
     return output
@@ -72,20 +85,20 @@ def _launch(
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_matmul_kernel(
     x, weight, bias, residual, output, partials, counters, num_rows, x_stride, residual_stride,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, MAX_ROWS: tl.constexpr, IS_GATED: tl.constexpr,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, IS_GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
 ):  # fmt: skip
     STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
     STEPS_PER_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
     tile, split = tl.program_id(0), tl.program_id(1)
-    rows, columns = tl.arange(0, MAX_ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = tl.arange(0, ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < WIDTH
     depths = tl.arange(0, BLOCK_K)
     inputs = x + rows[:, None] * x_stride + depths[None, :]
     weights = weight + columns.to(tl.int64)[:, None] * DEPTH + depths[None, :]
-    first = tl.zeros((MAX_ROWS, BLOCK_N), tl.float32)
-    second = tl.zeros((MAX_ROWS, BLOCK_N), tl.float32)
+    first = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    second = tl.zeros((ROWS, BLOCK_N), tl.float32)
     start = split * STEPS_PER_SPLIT
     for step in range(start, tl.minimum(start + STEPS_PER_SPLIT, STEPS)):
         offset = step * BLOCK_K

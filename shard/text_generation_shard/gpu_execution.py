@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from text_generation_kernels.attention_layout import AttentionLayout
+from text_generation_kernels.attention_layout import MAX_NARROW_QUERY, AttentionLayout
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
@@ -61,7 +61,7 @@ class GpuModel:
 
 
 class _StepKind:
-    """Attention of decode steps (one token a sequence) or of mixed ones: its layout, plans and partial results."""
+    """Attention of steps of short queries or of mixed ones: its layout, plans and partial results."""
 
     def __init__(
         self, layout: AttentionLayout, model: GpuModel, buffers: StepBuffers, kind: Kind, device: torch.device
@@ -222,7 +222,7 @@ class GpuExecution:
     def launch(self, inputs: StepInputs, batch: InputBatch) -> _GpuStep:
         """Send a step: one copy there, the layers, the head, one copy back."""
         groups = self._shared_prefixes(inputs, batch)
-        kind: Kind = "mixed" if groups or inputs.max_query_length > 1 else "decode"
+        kind = self._kind(inputs, has_groups=bool(groups))
         step_kind = self._kinds[kind]
         num_tokens = self._recordings.padded_size(inputs.num_tokens, step_kind.layout.max_tokens, LEAST_SIZES[kind])
         num_samples = self._recordings.padded_size(inputs.num_samples, self._limits.max_num_sequences)
@@ -246,6 +246,11 @@ class GpuExecution:
             host_output.copy_(self._output, non_blocking=True)
         events.mark(2)
         return _GpuStep(events, host_output, inputs.num_samples)
+
+    def _kind(self, inputs: StepInputs, has_groups: bool) -> Kind:
+        if has_groups or inputs.max_query_length > MAX_NARROW_QUERY:
+            return "mixed"
+        return "decode" if inputs.num_tokens <= self._kinds["decode"].layout.max_tokens else "mixed"
 
     def _send(self, turn: int, host: dict[str, Array], batch: InputBatch, kind: Kind) -> None:
         """Copy what was filled to the device, and bring the block tables there up to date."""

@@ -117,14 +117,13 @@ def test_every_row_meets_each_of_its_keys_once(
 @given(
     st.lists(st.integers(1, 60), min_size=4, max_size=9),
     st.integers(1, 6),
-    st.booleans(),
     st.sampled_from([1, 4, 40]),
     st.sampled_from([4, 16, 20]),
 )
 def test_shared_prefixes_are_read_once_and_nothing_is_lost(
-    own: list[int], prefix_blocks: int, wide: bool, workers: int, group_size: int
+    own: list[int], prefix_blocks: int, workers: int, group_size: int
 ) -> None:
-    layout = make_layout(group_size, wide=wide, workers=workers)
+    layout = make_layout(group_size, workers=workers)
     prefix = 16 * prefix_blocks
     members, alone = np.arange(len(own) - 1), len(own) - 1
     steps = [(1, prefix + length) for length in own]
@@ -136,7 +135,7 @@ def test_shared_prefixes_are_read_once_and_nothing_is_lost(
         for item in items
         if item[columns.KEY_END] <= prefix and item[columns.TABLE] != alone
     )
-    tile_tokens = layout.wide_tokens if wide and len(members) > layout.narrow_tokens else layout.narrow_tokens
+    tile_tokens = layout.wide_tokens if len(members) > layout.narrow_tokens else layout.narrow_tokens
     assert reads == prefix * -(-len(members) // tile_tokens)
 
 
@@ -154,6 +153,23 @@ def test_work_is_shared_out_evenly() -> None:
     for worker, item in items_of(layout, buffer, "narrow"):
         tiles[worker] += -(-(item[columns.KEY_END] - item[columns.KEY_START]) // 32)
     assert tiles.max() == -(-tiles.sum() // 8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(17, 300), min_size=1, max_size=6), st.sampled_from([1, 3, 8]))
+def test_prompts_are_dealt_out_whole_unless_one_is_far_longer_than_a_share(lengths: list[int], workers: int) -> None:
+    layout = AttentionLayout(4, 16, 2000, 9, Tile(16, 32, 5), Tile(64, 16, workers, 4))
+    steps = [(length, length) for length in lengths]
+    buffer = plan(layout, steps)
+    check(layout, buffer, steps)
+    tiles = np.zeros(workers, dtype=int)
+    for worker, item in items_of(layout, buffer, "wide"):
+        tiles[worker] += -(-(item[columns.KEY_END] - item[columns.KEY_START]) // 16)
+        assert item[columns.PIECE] < 0 or item[columns.NUM_PIECES] > 1
+    longest = max(4, -(-5 * tiles.sum() // (4 * workers)))
+    assert tiles.max() <= -(-tiles.sum() // workers) + longest
+    for _, item in items_of(layout, buffer, "wide"):
+        assert -(-(item[columns.KEY_END] - item[columns.KEY_START]) // 16) <= longest
 
 
 def test_short_work_is_cut_only_as_fine_as_asked() -> None:

@@ -1,5 +1,6 @@
 """Kernels compiled to machine code for GPUs that need not be there: do they fit, spill, use the wide instructions?"""
 
+import itertools
 import re
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from text_generation_kernels import (
     skinny_matmul,
 )
 from text_generation_kernels.launch_settings import Settings, settings_of_class
+from text_generation_kernels.skinny_matmul import settings_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,6 +40,7 @@ class CompiledKernel:
     has_wgmma: bool = False  # on Hopper
     name: str = ""  # where one kernel has several rows
     is_slow: bool = False  # left to the slow tests on every GPU
+    is_early: bool = True  # on Hopper: started while the kernel ahead ends, if it can be at all
 
     def options_and_constants(self, capability: int) -> tuple[dict[str, object], dict[str, object]]:
         """The table's entry, parted into options of the compiler and constants of the kernel."""
@@ -47,6 +50,8 @@ class CompiledKernel:
         names = self.kernel.arg_names
         constants = {name: value for name, value in entry.items() if name in names}
         options = {name: value for name, value in entry.items() if name.islower()}
+        if "EARLY" in names:
+            constants["EARLY"] = options["launch_pdl"] = capability >= 90 and self.is_early
         return options, self.constants | constants
 
 
@@ -80,22 +85,20 @@ def skinny_cases(data: str) -> list[CompiledKernel]:
     types |= {"residual_stride": "i32"}
     split = {"partials": "*fp32", "counters": "*i32"}
     cases = []
-    for width, depth, is_gated in (
-        (6144, 4096, False),
-        (28672, 4096, True),
-        (4096, 14336, False),
-        (128256, 4096, False),
-    ):
-        operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", f"{width}x{depth}")
+    products = ((6144, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False))
+    for (width, depth, is_gated), rows in itertools.product(products, (16, 32, 64)):
+        output = width // 2 if is_gated else width
+        operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", settings_shape(rows, output))
         is_split = settings_of_class(operation[0], "h100", operation[1])["SPLIT_K"] > 1
         added = {} if is_gated else {"bias": data, "residual": data}
-        constants: dict[str, object] = {"WIDTH": width // 2 if is_gated else width, "DEPTH": depth, "MAX_ROWS": 16}
+        constants: dict[str, object] = {"WIDTH": output, "DEPTH": depth, "ROWS": rows}
         constants |= {"IS_GATED": is_gated, "WIDEN": False}
         constants |= dict.fromkeys(() if is_split else split) | dict.fromkeys(() if added else ("bias", "residual"))
         cases.append(
             CompiledKernel(
                 skinny_matmul.skinny_matmul_kernel, operation, types | added | (split if is_split else {}), constants,
-                unaligned=("num_rows",), name=operation[1], is_slow=width in (4096, 128256),
+                unaligned=("num_rows",), name=f"{rows} x {depth} x {width}",
+                is_slow=rows != 32 or width in (6144, 128256),
             )
         )  # fmt: skip
     return cases
@@ -140,7 +143,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
     data_names, lists = ("query", "key_cache", "value_cache", "output"), ("row_tokens", "row_positions", "row_slots")
     items = dict.fromkeys(data_names, data) | dict.fromkeys((*lists, "block_tables", "worker_starts", "items"), "*i32")
     items |= {"partial_output": "*fp32", "partial_weight": "*fp32", "table_stride": "i32", "scale": "fp32"}
-    items |= {"soft_cap": "fp32", "sliding_window": "i32"}
+    items |= {"soft_cap": "fp32", "sliding_window": "i32", "arrivals": "*i32"}
     merge = {"num_merged": "*i32", "merged": "*i32", "partial_output": "*fp32", "partial_weight": "*fp32"}
     cases = [
         CompiledKernel(
@@ -156,11 +159,11 @@ def attention_cases(data: str) -> list[CompiledKernel]:
         shape = "float32" if data == "*fp32" else f"d{padded}"
         for form in ("narrow", "wide"):
             is_wide = form == "wide"
-            rows: dict[str, object] = {"SPLIT_MASK": is_wide} | ({} if is_wide else {"ROWS": 16})
+            rows: dict[str, object] = {"SPLIT_MASK": is_wide, "MERGES": not is_wide} | ({} if is_wide else {"ROWS": 16})
             cases.append(
                 CompiledKernel(
                     attention_kernels.attention_items_kernel, (f"attention_{form}", shape), items, sizes | rows,
-                    unaligned=("sliding_window",), has_wgmma=is_wide,
+                    unaligned=("sliding_window",), has_wgmma=is_wide, is_early=not is_wide,
                     name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
                 )
             )  # fmt: skip

@@ -211,16 +211,28 @@ def test_soft_cap_of_huge_scores(device):
     torch.testing.assert_close(output.double().cpu(), exact(case, *huge).cpu(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_prefix(wide, dtype, device):
+def test_shared_prefix(dtype, device):
     steps = [(1, 40), (1, 33), (1, 70), (1, 35), (1, 48), (1, 34), (1, 33), (1, 36), (1, 41), (1, 64)]
     members = [0, 1, 3, 4, 5, 6, 7, 8, 9]
-    assert_exact(Case(steps, num_kv_heads=1, wide=wide, dtype=dtype, shared=(members, 32)), device)
+    assert_exact(Case(steps, num_kv_heads=1, dtype=dtype, shared=(members, 32)), device)
 
 
 def test_shared_prefix_beside_a_prompt(device):
     assert_exact(Case([(1, 40), (20, 30), (1, 33)], num_kv_heads=1, shared=([0, 2], 32)), device, padding=1)
+
+
+def test_pieces_are_merged_by_the_last_to_arrive(device):
+    case = Case([(1, 90), (7, 61), (16, 16), (1, 1), (2, 70)], wide=False, workers=9, min_key_tiles=1)
+    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
+    layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9), None)
+    workspace = planned_workspace(case, batch, device, layout)
+    assert int(workspace.section("num_merged")[0]) > 0
+    expected = exact(case, query, key_cache, value_cache, batch)
+    for _ in range(2):  # the counts are back at zero
+        output = paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
+        torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
+    assert not workspace.arrivals.any()
 
 
 def test_one_plan_buffer_serves_step_after_step(device):

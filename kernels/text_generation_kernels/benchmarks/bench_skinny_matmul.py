@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from text_generation_kernels.benchmarks.harness import Bench, Case
-from text_generation_kernels.skinny_matmul import skinny_gated_linear, skinny_linear
+from text_generation_kernels.skinny_matmul import LEAST_ROWS, settings_shape, skinny_gated_linear, skinny_linear
 
 CANDIDATES = {
-    "BLOCK_N": [16, 32, 64], "BLOCK_K": [128, 256], "SPLIT_K": [1, 2, 4], "num_warps": [4], "num_stages": [5],
+    "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128, 256], "SPLIT_K": [1, 2], "num_warps": [4], "num_stages": [4, 6],
 }  # fmt: skip
 # output width, depth
 WEIGHTS = {
@@ -23,19 +23,20 @@ WEIGHTS = {
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Each weight with 1, 4 and 16 rows: ours, then torch's; for gate_up with the activation fused."""
+    """Each weight with 1 to 64 rows: ours, then torch's; for gate_up with the activation fused."""
     for name, (width, depth) in WEIGHTS.items():
         width, depth = bench.size(width, 64), bench.size(depth, 96)
-        for num_rows in (1, 4, 16) if not bench.is_tiny else (2,):
+        for num_rows in (1, 16, 32, 64) if not bench.is_tiny else (2,):
             num_bytes = (width * depth + num_rows * (width + depth)) * bench.dtype.itemsize
             num_flops = 2 * num_rows * width * depth
             weights = [bench.random(width, depth) for _ in range(bench.num_copies(num_bytes))]
             x = bench.random(num_rows, depth)
-            operation = "skinny_matmul_gated" if name == "gate_up" else "skinny_matmul"
-            product = skinny_gated_linear if name == "gate_up" else skinny_linear
+            is_gated = name == "gate_up"
+            operation = "skinny_matmul_gated" if is_gated else "skinny_matmul"
+            product = skinny_gated_linear if is_gated else skinny_linear
             yield Case(
                 f"{name}, {num_rows} rows", make_runs(product, x, weights), num_bytes, num_flops,
-                settings=(operation, f"{width}x{depth}"),
+                settings=(operation, settings_shape(max(LEAST_ROWS, num_rows), width // (1 + is_gated))),
             )  # fmt: skip
             yield Case(f"{name}, {num_rows} rows, torch", make_runs(F.linear, x, weights), num_bytes, num_flops)
 

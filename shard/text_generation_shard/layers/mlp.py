@@ -20,7 +20,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""
-        return self.down(silu_and_mul(self.gate_up(x)))  # type: ignore[no-any-return]
+        gated = silu_and_mul(self.gate_up(x)) if self.gate_up.bias is not None else self.gate_up.product.gated_linear(x)
+        return self.down(gated)  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's matrices under `name`."""

@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from text_generation_kernels.gated_activation import silu_and_mul
 from text_generation_kernels.int4_linear import GroupedWeight, Int4Weight, int4_linear, pack_int4
 from text_generation_kernels.packed_linear import can_pack, pack, packed_linear
+from text_generation_kernels.skinny_matmul import is_skinny, skinny_gated_linear, skinny_linear
 from torch import nn
 
 from text_generation_shard.layers.partition import CheckpointTensor, QuantisedTensor, WeightForm
@@ -36,11 +38,20 @@ class ProductWeight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x times the transposed weight, plus the bias."""  # [M, K] -> [M, N]
         if self._packed is None:
+            if is_skinny(x):
+                return skinny_linear(x, self.parameter, bias)
             return F.linear(x, self.parameter, bias)
         if self._int4 is not None and len(x) <= self._max_int4_rows:
             product = int4_linear(x, self._int4)
             return product if bias is None else product.add_(bias)
         return packed_linear(x, self._packed, bias)
+
+    def gated_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the product with the first half of the rows, times the product with the second half."""
+        # [M, K] -> [M, N / 2]
+        if self._packed is None and is_skinny(x):
+            return skinny_gated_linear(x, self.parameter)
+        return silu_and_mul(self.linear(x))
 
     def load(self, tensor: CheckpointTensor, own: slice, rows: slice, columns: slice | None = None) -> None:
         """Fill the rows `own` with a part of a checkpoint's tensor; the last part to come finishes the weight."""
