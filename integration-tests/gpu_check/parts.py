@@ -111,8 +111,9 @@ def _kernels(options: Options, figures: Path) -> list[str]:
 def _parity(options: Options, figures: Path) -> list[str]:
     folder = options.root / "tests" / "shard"
     files = [folder / "test_gpu_parity.py", *([] if options.is_rehearsal else [folder / "test_gpu_execution.py"])]
-    demo = ["--demo", options.demo] if options.demo else []
-    return _module("gpu_check.pytest_files", "--json", figures, "--jobs", 1, *demo, *files)
+    flags: list[object] = ["--demo", options.demo] if options.demo else []
+    flags += [] if options.is_rehearsal else ["--slow"]
+    return _module("gpu_check.pytest_files", "--json", figures, "--jobs", 1, *flags, *files)
 
 
 def _benchmarks(options: Options, figures: Path) -> list[str]:

@@ -20,7 +20,7 @@ def run_file(path: Path, flags: list[str]) -> dict[str, Any]:
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         report = Path(name, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         ended = subprocess.run(
             [*command, f"--junitxml={report}", *flags, str(path)], capture_output=True, text=True, check=False
         )
@@ -56,8 +56,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--demo", type=Path, help="the demo model's weights")
+    parser.add_argument("--slow", action="store_true", help="longer forms too")
     arguments = parser.parse_args()
-    flags = ["--demo-weights", str(arguments.demo)] if arguments.demo else []
+    flags = [] if arguments.slow else ["-m", "not slow"]
+    flags += ["--demo-weights", str(arguments.demo)] if arguments.demo else []
     rows: list[dict[str, Any]] = []
     lock = threading.Lock()
 
