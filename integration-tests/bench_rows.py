@@ -30,6 +30,18 @@ ROUTER_ROWS = (
     Row("summarize-c16", "summarize", concurrency=16),
     Row("sharedprefix-c32", "sharedprefix", concurrency=32),
 )
+GPU_ROWS = (
+    Row("warm-up", "chat", 40, concurrency=4),
+    Row("chat-c1", "chat", 12, concurrency=1),
+    Row("chat-c4", "chat", 48, concurrency=4),
+    Row("chat-c32", "chat", 400, concurrency=32),
+    Row("chat-rate8", "chat", 240, rate=8),
+    Row("chat-rate24", "chat", 600, rate=24),
+    Row("chat-all", "chat"),
+    Row("uniform-all", "uniform"),
+    Row("summarize-c16", "summarize", concurrency=16),
+    Row("sharedprefix-c32", "sharedprefix", concurrency=32),
+)
 CPU_ROWS = (
     Row("chat-c1", "small-chat", 16, concurrency=1),
     Row("chat-c8", "small-chat", 64, concurrency=8),

@@ -29,6 +29,10 @@ Outcomes = dict[str, tuple[str, str]]  # test name, with its parameters -> outco
 OUTCOMES = pytest.StashKey[dict[Path, Outcomes]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--demo-weights", type=Path, help="the demo model's GGUF file, where its package is not installed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreted: calls kernels; without a GPU, runs under Triton's interpreter")
     # The interpreter computes with numpy, which warns where a GPU goes on with inf or NaN, as kernels mean it to.

@@ -62,6 +62,28 @@ def choose_form(configured_dtype: str | None, device: torch.device) -> WeightFor
 
 def serve(config: ShardConfig, timeline: Timeline) -> None:
     """Run the shard until SIGTERM or SIGINT; raises what ended it otherwise."""
+    progress = ProgressFile(config.run_folder, config.rank)
+    runner = load_runner(config, timeline, progress)
+    loop = StepLoop(runner, sends_results=config.rank == 0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
+    server = ShardServer(ShardService(loop), config.uds_path, config.rank)
+    server.start()
+    timeline.phase_ends("socket")
+    timeline.total()
+    try:
+        loop.run()
+    finally:
+        server.stop()
+    # Not after an error: leaving can wait for a collective that will never end.
+    distributed.leave_group()
+    progress.close()
+
+
+def load_runner(
+    config: ShardConfig, timeline: Timeline, progress: ProgressFile, runner_class: type[ModelRunner] = ModelRunner
+) -> ModelRunner:
+    """Join the group and load this rank's part of the model; the runner is yet to be warmed up."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.rank)
@@ -75,12 +97,13 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     weight_files = None if is_dummy else config.weight_files
     model = load_model(model_config, weight_files, dtype, device, config.rank, config.world_size, form)
     timeline.phase_ends("weights")
-
-    progress = ProgressFile(config.run_folder, config.rank)
+    if is_dummy:
+        logger.warning("The weights are random (--load-format dummy): answers mean nothing")
+    logger.info("%s in %s on %s", model_config.model_type, str(dtype).removeprefix("torch."), device)
     layout = KvLayout(
         model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype
     )
-    runner = ModelRunner(
+    return runner_class(
         _execution(cast(CausalModel, model), model_config, layout, config, device),
         _model_info(model_config, device),
         layout,
@@ -88,23 +111,6 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
         device,
         progress,
     )
-    loop = StepLoop(runner, sends_results=config.rank == 0)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.stop())
-    if is_dummy:
-        logger.warning("The weights are random (--load-format dummy): answers mean nothing")
-    server = ShardServer(ShardService(loop), config.uds_path, config.rank)
-    server.start()
-    logger.info("%s in %s on %s", model_config.model_type, str(dtype).removeprefix("torch."), device)
-    timeline.phase_ends("socket")
-    timeline.total()
-    try:
-        loop.run()
-    finally:
-        server.stop()
-    # Not after an error: leaving can wait for a collective that will never end.
-    distributed.leave_group()
-    progress.close()
 
 
 def _execution(
