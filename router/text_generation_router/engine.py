@@ -1,7 +1,7 @@
 """The engine: the loop around the scheduler. Takes requests, keeps two plans in flight, publishes tokens.
 
-The next plan always leaves before the tokens of the last result are turned into text, so that the shards never wait
-for the router's output work.
+A plan that is due leaves before the tokens of the last result are turned into text, so that the shards never wait for
+the router's output work; one with time to spare waits for requests that still arrive (`plan_timing.py`).
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from text_generation_router.errors import (
 from text_generation_router.limits import Limits, derive_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
+from text_generation_router.plan_timing import PlanTiming
 from text_generation_router.scheduler import Progress, Scheduler, SchedulerLimits
 from text_generation_router.shard_client import ShardClient, ShardFailure
 from text_generation_router.shard_progress import ShardProgress
@@ -58,6 +59,8 @@ class Engine:
         self._report = StepReport(metrics, scheduler)
         self._outputs: dict[int, SequenceOutput] = {}  # by sequence id
         self._in_flight: deque[PlanInFlight] = deque()
+        self._timing = PlanTiming()
+        self._due: asyncio.TimerHandle | None = None  # wakes the loop when a plan that is held back must leave
         self._results: deque[StepResult] = deque()
         self._wakeup = asyncio.Event()
         self._failure: ShardFailure | None = None
@@ -146,6 +149,7 @@ class Engine:
                     sent = self._in_flight.popleft()
                     result = self._results.popleft()
                     result_ns = time.monotonic_ns()
+                    self._timing.ended(sent, result, result_ns)
                     progress = self._scheduler.update(result)
                     try:
                         await self._fill_pipeline()
@@ -176,12 +180,30 @@ class Engine:
         self._wakeup.clear()
 
     async def _fill_pipeline(self) -> None:
-        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and (plan := self._scheduler.schedule()) is not None:
-            await self._send(plan)
+        """Send plans while there is room for them and they are due."""
+        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
+            was_held = self._due is not None
+            if self._in_flight and self._hold_back():
+                return
+            if (plan := self._scheduler.schedule()) is None:
+                return
+            await self._send(plan, is_held=was_held)
 
-    async def _send(self, plan: StepPlan) -> None:
+    def _hold_back(self) -> bool:
+        """Whether the plan behind the running step is not due yet; the loop is then woken when it is."""
         now_ns = time.monotonic_ns()
-        self._in_flight.append(PlanInFlight(plan, now_ns))
+        due_ns = self._timing.due_ns(self._in_flight[0], now_ns)
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if due_ns <= now_ns:
+            return False
+        self._due = asyncio.get_running_loop().call_later((due_ns - now_ns) / 1e9, self._wakeup.set)
+        return True
+
+    async def _send(self, plan: StepPlan, is_held: bool = False) -> None:
+        now_ns = time.monotonic_ns()
+        self._in_flight.append(PlanInFlight(plan, now_ns, is_held))
         for new in plan.new_sequences:
             if (output := self._outputs.get(new.sequence_id)) is not None:
                 output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)
@@ -211,6 +233,7 @@ class Engine:
             if output.finish_reason is not None:
                 self._scheduler.finish(output.sequence)
                 del self._outputs[output.sequence.sequence_id]
+        self._timing.published(time.monotonic_ns() - started_ns)
         self._report.ended(sent, result, result_ns, started_ns, texts_done_ns)
 
     def _fail(self, output: SequenceOutput, error: RouterError) -> None:

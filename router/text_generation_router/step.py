@@ -46,6 +46,7 @@ class PlanInFlight:
 
     plan: StepPlan
     sent_ns: int
+    is_held: bool = False  # it was held back until shortly before the running step's end
 
 
 @dataclass(frozen=True, slots=True)
