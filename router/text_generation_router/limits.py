@@ -6,7 +6,7 @@ from text_generation_router.config import RouterConfig
 from text_generation_router.shard_client import ShardInfo
 
 DEFAULT_MAX_STEP_TOKENS = 2048
-DEFAULT_MAX_NUM_SEQUENCES = 512
+DEFAULT_MAX_NUM_SEQUENCES = 1024
 
 
 class InvalidLimits(Exception):
