@@ -137,7 +137,6 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
 
     def Info(self, request: object, context: object) -> shard_pb2.InfoReply:
         return shard_pb2.InfoReply(
-            model_type="llama",
             dtype="bfloat16",
             device_name="simulated",
             rank=0,
@@ -145,7 +144,6 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
             vocab_size=49_152,
             max_position_embeddings=131_072,
             block_size=BLOCK_SIZE,
-            kv_bytes_per_token=131_072,
         )
 
     def Warmup(self, request: shard_pb2.WarmupRequest, context: object) -> shard_pb2.WarmupReply:

@@ -32,7 +32,7 @@ def server(request: pytest.FixtureRequest, launch: Any, tiny_model: Path) -> Ite
 
 
 @pytest.mark.parametrize(
-    ("server", "package", "name"), [(3, SHARD, "shard-"), (1, ROUTER, "router")], indirect=["server"]
+    ("server", "package", "name"), [(3, SHARD, "shard-"), (3, ROUTER, "router")], indirect=["server"]
 )
 def test_a_killed_child_ends_everything(server: Server, package: str, name: str) -> None:
     with server.stream("/generate_stream", BODY) as lines:

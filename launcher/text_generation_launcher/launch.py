@@ -4,6 +4,7 @@ import dataclasses
 import http.client
 import json
 import logging
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from text_generation_launcher.errors import ChildDied, LauncherError
 from text_generation_launcher.gpus import choose_num_shards, count_gpus, num_cores, visible_gpus
 from text_generation_launcher.logs import LogWriter
 from text_generation_launcher.model import ResolvedModel, read_answer, tokenizer_folder
-from text_generation_launcher.places import Places, answers, free_port, private_places
+from text_generation_launcher.places import Places, answers, listen_for_shards, private_places
 from text_generation_launcher.processes import KILL_GRACE_S, Child, StopRequested, Supervisor
 from text_generation_launcher.timeline import Timeline
 
@@ -118,13 +119,14 @@ class Launch:
     def _start_shards(self, supervisor: Supervisor, model: ResolvedModel, places: Places, is_cpu: bool) -> None:
         config = self._shard_config(model, places, is_cpu)
         log.info(
-            "Starting shards: %d on %s, sockets %s-*, meeting at %s:%d",
-            config.world_size, "the CPU" if is_cpu else "GPUs", places.uds_path, config.master_addr, config.master_port,
+            "Starting shards: %d on %s, sockets %s-*",
+            config.world_size, "the CPU" if is_cpu else "GPUs", places.uds_path,
         )  # fmt: skip
-        for rank in range(config.world_size):
-            argument = _config_argument(dataclasses.replace(config, rank=rank))
-            command = [*self._commands.shard, "--config-json", argument]
-            supervisor.spawn(f"shard-{rank}", command, self._child_environment())
+        if config.world_size == 1:
+            self._spawn_shard(supervisor, config)
+        else:
+            with listen_for_shards(config.master_addr, self._config.master_port) as listener:
+                self._spawn_group(supervisor, config, listener)
         silent = list(places.sockets)
 
         def all_answer() -> bool:
@@ -133,6 +135,19 @@ class Launch:
 
         supervisor.wait_until(all_answer, lambda: log.info("Waiting for shard to be ready"))
         self._timeline.end_phase("start shards")
+
+    def _spawn_group(self, supervisor: Supervisor, config: ShardConfig, listener: socket.socket) -> None:
+        """Start the ranks; rank 0 inherits the socket at which all of them meet."""
+        config = dataclasses.replace(config, master_port=listener.getsockname()[1])
+        log.info("The shards meet at %s:%d", config.master_addr, config.master_port)
+        self._spawn_shard(supervisor, dataclasses.replace(config, master_listen_fd=listener.fileno()))
+        for rank in range(1, config.world_size):
+            self._spawn_shard(supervisor, dataclasses.replace(config, rank=rank))
+
+    def _spawn_shard(self, supervisor: Supervisor, config: ShardConfig) -> None:
+        command = [*self._commands.shard, "--config-json", _config_argument(config)]
+        inherited = () if config.master_listen_fd is None else (config.master_listen_fd,)
+        supervisor.spawn(f"shard-{config.rank}", command, self._child_environment(), pass_fds=inherited)
 
     def _shard_config(self, model: ResolvedModel, places: Places, is_cpu: bool) -> ShardConfig:
         """The config of rank 0; the others differ by their rank alone."""
@@ -145,7 +160,7 @@ class Launch:
             run_folder=str(places.run_folder),
             world_size=world_size,
             master_addr=self._config.master_addr,
-            master_port=self._config.master_port or free_port(),
+            device="cpu" if is_cpu else "cuda",
             num_threads=defaults.threads_per_shard(num_cores(), world_size, self._environment) if is_cpu else 0,
             json_output=True,
             log_level=self._log_level,

@@ -1,4 +1,4 @@
-"""The run folder, the shards' sockets and free ports."""
+"""The run folder, the shards' sockets and the place where they meet."""
 
 import contextlib
 import shutil
@@ -74,9 +74,16 @@ def answers(path: Path) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def listen_for_shards(address: str, port: int | None) -> socket.socket:
+    """The socket at which the shards will meet, for rank 0 to inherit: nobody else can take its port before."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port or 0))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"The shards cannot meet at --master-addr {address}, --master-port {port or 'not given'}: {error}."
+        ) from error
+    return listener

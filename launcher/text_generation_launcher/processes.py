@@ -152,9 +152,15 @@ class Supervisor:
         self._events.put(None)
 
     def spawn(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], *, answers: bool = False
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        answers: bool = False,
+        pass_fds: Sequence[int] = (),
     ) -> Child:
-        """Start a child. With `answers`, its standard output is kept as its answer instead of logged."""
+        """Start a child, which inherits `pass_fds`. With `answers`, its standard output is kept instead of logged."""
         assert self._guardian is not None
         process = subprocess.Popen(
             list(command),
@@ -163,6 +169,7 @@ class Supervisor:
             stderr=subprocess.PIPE if answers else subprocess.STDOUT,
             env={**environment, LAUNCHER_PID_VARIABLE: str(os.getpid())},
             process_group=self._guardian.pid,
+            pass_fds=pass_fds,
         )
         child = Child(name, process, self._writer, answers)
         self.children.append(child)

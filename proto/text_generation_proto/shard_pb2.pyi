@@ -11,8 +11,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("model_type", "dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size", "kv_bytes_per_token")
-    MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -20,8 +19,6 @@ class InfoReply(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITION_EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
-    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    model_type: str
     dtype: str
     device_name: str
     rank: int
@@ -29,8 +26,7 @@ class InfoReply(_message.Message):
     vocab_size: int
     max_position_embeddings: int
     block_size: int
-    kv_bytes_per_token: int
-    def __init__(self, model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class WarmupRequest(_message.Message):
     __slots__ = ("max_step_tokens", "max_num_sequences", "max_sequence_length", "max_kv_tokens")
@@ -45,12 +41,10 @@ class WarmupRequest(_message.Message):
     def __init__(self, max_step_tokens: _Optional[int] = ..., max_num_sequences: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ...) -> None: ...
 
 class WarmupReply(_message.Message):
-    __slots__ = ("num_blocks", "warmup_ns")
+    __slots__ = ("num_blocks",)
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    WARMUP_NS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
-    warmup_ns: int
-    def __init__(self, num_blocks: _Optional[int] = ..., warmup_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
 
 class HealthRequest(_message.Message):
     __slots__ = ()
@@ -109,10 +103,9 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "sequence_ids", "num_tokens", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns")
+    __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns")
     STEP_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
-    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -122,7 +115,6 @@ class StepResult(_message.Message):
     STEP_NS_FIELD_NUMBER: _ClassVar[int]
     step: int
     sequence_ids: bytes
-    num_tokens: bytes
     token_ids: bytes
     logprobs: bytes
     failed_sequence_ids: bytes
@@ -130,4 +122,4 @@ class StepResult(_message.Message):
     forward_ns: int
     sample_ns: int
     step_ns: int
-    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_PLANS_IN_FLIGHT = 2
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_NS = 2_000_000_000
+# A plan leaves at once; a shard that does not read any more must not hold up the end.
+STOP_TIMEOUT_S = 1.0
 
 
 class Engine:
@@ -65,6 +67,7 @@ class Engine:
         self._wakeup = asyncio.Event()
         self._failure: ShardFailure | None = None
         self._is_draining = False
+        self._is_stopping = False
         self._is_over = False  # the drain has ended: what is not queued by now never will be
         self.failed = asyncio.Event()  # the shards are lost, or the loop is: nothing can be served any more
         self._loop_task: asyncio.Task[None] | None = None
@@ -123,8 +126,11 @@ class Engine:
         self._loop_task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """End the loop and the connections."""
+        """End the loop, not in the middle of a plan that some ranks have and others do not, and the connections."""
+        self._is_stopping = True
+        self._wakeup.set()
         if self._loop_task is not None:
+            await asyncio.wait({self._loop_task}, timeout=STOP_TIMEOUT_S)
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         await self._shards.close()
@@ -142,7 +148,7 @@ class Engine:
     async def _run(self) -> None:
         """The loop: receive, update, schedule, send, publish."""
         try:
-            while self._failure is None:
+            while self._failure is None and not self._is_stopping:
                 await self._wait_for_work()
                 await self._fill_pipeline()
                 while self._results:

@@ -1,6 +1,7 @@
 """Sends each plan to every rank and takes rank 0's results: the router's end of the Run stream."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _RUN_METHOD = "/text_generation.shard.v1.Shard/Run"
 CONNECT_TIMEOUT_S = 10.0
+LAST_RESULTS_TIMEOUT_S = 1.0
 
 
 class ShardFailure(Exception):
@@ -28,8 +30,6 @@ class ShardFailure(Exception):
 class ShardInfo:
     """What the shards say of the model they hold (the fields of shard.proto's InfoReply)."""
 
-    model_type: str
-    dtype: str
     device_name: str
     vocab_size: int
     max_position_embeddings: int
@@ -91,6 +91,7 @@ class ShardClient:
         self._stubs = [ShardStub(channel) for channel in self._channels]
         self._streams: list[grpc.aio.StreamStreamCall] = []
         self._readers: list[asyncio.Task[None]] = []
+        self._is_closing = False
 
     async def info(self) -> ShardInfo:
         """The dimensions of the loaded model; raises ShardFailure when a rank does not answer."""
@@ -99,11 +100,13 @@ class ShardClient:
             [stub.Info(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True) for stub in self._stubs]
         )
         reply = replies[0]
-        if [(other.rank, other.world_size) for other in replies] != [(r, len(replies)) for r in range(len(replies))]:
-            raise ShardFailure("the shards do not form one group of ranks")
+        for rank, other in enumerate(replies):
+            if (other.rank, other.world_size) != (rank, len(replies)):
+                raise ShardFailure("the shards do not form one group of ranks")
+            other.rank = 0
+            if other != reply:
+                raise ShardFailure(f"shard {rank} does not hold the same model as shard 0")
         return ShardInfo(
-            model_type=reply.model_type,
-            dtype=reply.dtype,
             device_name=reply.device_name,
             vocab_size=reply.vocab_size,
             max_position_embeddings=reply.max_position_embeddings,
@@ -144,8 +147,8 @@ class ShardClient:
             self._streams.append(stream)
             self._readers.append(asyncio.create_task(self._read(rank, stream, on_result, on_failure)))
 
-    @staticmethod
     async def _read(
+        self,
         rank: int,
         stream: grpc.aio.StreamStreamCall,
         on_result: Callable[[StepResult], None],
@@ -160,7 +163,8 @@ class ShardClient:
         except Exception as error:
             logger.exception("a result of shard %d cannot be read", rank)
             reason = repr(error)
-        on_failure(ShardFailure(f"shard {rank}: {reason}"))
+        if not self._is_closing:
+            on_failure(ShardFailure(f"shard {rank}: {reason}"))
 
     async def send(self, plan: StepPlan) -> None:
         """Write a plan to every rank; raises ShardFailure when a stream is gone."""
@@ -172,7 +176,17 @@ class ShardClient:
             raise ShardFailure(f"a plan could not be sent: {error}") from None
 
     async def close(self) -> None:
-        """End the streams and connections."""
+        """Say that no plan follows, let the shards answer what they have, and end the connections.
+
+        A group of ranks does not outlive a stream that just breaks off.
+        """
+        self._is_closing = True
+        if not any(reader.done() for reader in self._readers):
+            with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                async with asyncio.timeout(LAST_RESULTS_TIMEOUT_S):
+                    for stream in self._streams:
+                        await stream.done_writing()
+                    await asyncio.gather(*self._readers)
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)

@@ -66,6 +66,10 @@ class ShardConfig:
     world_size: int = internal(1)
     master_addr: str = internal("localhost")
     master_port: int = internal(29500)
+    # Of rank 0 alone: the socket that listens at master_port, inherited. None: it listens by itself.
+    master_listen_fd: int | None = internal(None)
+    # cpu or cuda. None: a GPU where torch finds one.
+    device: str | None = internal(None)
     # CPU threads of this rank; 0: as torch decides.
     num_threads: int = internal(0)
     # KV memory of this rank on a CPU, bytes.

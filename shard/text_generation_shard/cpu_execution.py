@@ -42,16 +42,26 @@ class CpuExecution:
         self._kv_caches: KvCaches = []
 
     def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
-        """The largest prefill and the largest decode batch."""
+        """The largest prefill, and the largest decode batch with one sequence at its longest; both sampled.
+
+        All sequences at their longest would take 8 s on 2 cores with the demo model, and nothing is measured by it:
+        the KV memory of a CPU is a share of the whole, not what steps leave of it.
+        """
         # A step's tokens may all belong to one sequence; what is beyond its longest, to the next ones.
-        num_tokens, longest = limits.max_step_tokens, limits.max_sequence_length
+        longest = limits.max_sequence_length
+        num_tokens = min(limits.max_step_tokens, longest * limits.max_num_sequences)
         num_prefills = -(-num_tokens // longest)
-        lengths = np.full(num_prefills, longest, np.int32)
-        lengths[-1] = num_tokens - longest * (num_prefills - 1)
-        for query_lengths in (lengths, np.ones(min(limits.max_num_sequences, num_tokens), np.int32)):
-            inputs = fresh_sequences(query_lengths, limits.block_size)
+        prefills = np.full(num_prefills, longest, np.int32)
+        prefills[-1] = num_tokens - longest * (num_prefills - 1)
+        decodes = np.ones(min(limits.max_num_sequences, limits.max_step_tokens), np.int32)
+        contexts = decodes.copy()
+        contexts[0] = longest
+        batch = _batch_hardest_to_sample(limits)
+        for query_lengths, sequence_lengths in ((prefills, prefills), (decodes, contexts)):
+            inputs = sequences_in_one_block(query_lengths, sequence_lengths, limits.block_size)
             num_blocks = -(-inputs.max_sequence_length // limits.block_size)
-            self._forward(inputs, np.zeros((len(query_lengths), num_blocks), np.int32), kv_caches)
+            logits = self._forward(inputs, np.zeros((len(query_lengths), num_blocks), np.int32), kv_caches)
+            sample_tokens(logits, batch, inputs)
 
     def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """Steps write to and read from these caches."""
@@ -84,12 +94,20 @@ class CpuExecution:
         return self._model.compute_logits(hidden)
 
 
-def fresh_sequences(query_lengths: Int32Array, block_size: int) -> StepInputs:
-    """A step of new sequences that all lie in block 0 and all sample."""
+def _batch_hardest_to_sample(limits: BatchLimits) -> InputBatch:
+    """Rows that keep nearly all tokens of a flat distribution, by top-k and by top-p."""
+    batch = InputBatch(limits)
+    batch.temperatures[:] = 1000.0
+    batch.top_k[:] = limits.vocab_size - 1
+    batch.top_p[:] = 0.999
+    return batch
+
+
+def sequences_in_one_block(query_lengths: Int32Array, sequence_lengths: Int32Array, block_size: int) -> StepInputs:
+    """A step that computes the last tokens of sequences which all lie in block 0 and all sample."""
     query_starts = np.zeros(len(query_lengths) + 1, np.int32)
     np.cumsum(query_lengths, out=query_starts[1:])
-    positions = np.arange(query_starts[-1]) - np.repeat(query_starts[:-1], query_lengths)
-    longest = int(query_lengths.max())
+    positions = np.arange(query_starts[-1]) + np.repeat(sequence_lengths - query_starts[1:], query_lengths)
     rows = np.arange(len(query_lengths))
     return StepInputs(
         rows=rows,
@@ -97,11 +115,11 @@ def fresh_sequences(query_lengths: Int32Array, block_size: int) -> StepInputs:
         positions=positions,
         slot_mapping=positions % block_size,
         query_starts=query_starts,
-        sequence_lengths=query_lengths,
+        sequence_lengths=sequence_lengths,
         is_decoding=np.zeros(len(rows), np.bool_),
-        max_query_length=longest,
-        max_sequence_length=longest,
+        max_query_length=int(query_lengths.max()),
+        max_sequence_length=int(sequence_lengths.max()),
         sampling_rows=rows,
         sampling_indices=query_starts[1:].astype(np.int64) - 1,
-        sampling_positions=query_lengths.astype(np.int64),
+        sampling_positions=sequence_lengths.astype(np.int64),
     )

@@ -14,8 +14,18 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 JOIN_TIMEOUT = timedelta(minutes=10)
 
 
-def join_group(rank: int, world_size: int, master_addr: str, master_port: int, device: torch.device) -> None:
-    """Meet the other ranks at rank 0's address (gloo on CPUs, NCCL on GPUs)."""
+def join_group(
+    rank: int,
+    world_size: int,
+    master_addr: str,
+    master_port: int,
+    device: torch.device,
+    master_listen_fd: int | None = None,
+) -> None:
+    """Meet the other ranks at rank 0's address (gloo on CPUs, NCCL on GPUs).
+
+    `master_listen_fd` is a socket that listens there already, if rank 0 has one.
+    """
     if world_size == 1:
         return
     address = socket.gethostbyname(master_addr)
@@ -24,7 +34,7 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = _rendezvous_store(rank, world_size, address, master_port)
+    store = _rendezvous_store(rank, world_size, address, master_port, master_listen_fd)
     dist.init_process_group(
         backend,
         store=store,
@@ -35,23 +45,28 @@ def join_group(rank: int, world_size: int, master_addr: str, master_port: int, d
     )
 
 
-def _rendezvous_store(rank: int, world_size: int, address: str, port: int) -> TCPStore:
-    """The group's key-value store. Rank 0 binds it to the one address; left alone it would listen on all."""
+def _rendezvous_store(rank: int, world_size: int, address: str, port: int, listen_fd: int | None) -> TCPStore:
+    """The group's key-value store, at rank 0."""
     if rank != 0:
         return TCPStore(address, port, world_size, is_master=False, timeout=JOIN_TIMEOUT)
+    return TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=True,
+        timeout=JOIN_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=_listen(address, port) if listen_fd is None else listen_fd,
+    )
+
+
+def _listen(address: str, port: int) -> int:
+    """A socket bound to this one address; a store left alone would listen on all."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
         listener.listen()
-        return TCPStore(
-            address,
-            port,
-            world_size,
-            is_master=True,
-            timeout=JOIN_TIMEOUT,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        return listener.detach()
 
 
 def leave_group() -> None:

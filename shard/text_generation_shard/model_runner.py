@@ -17,7 +17,7 @@ from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_cache
 from text_generation_shard.progress import ProgressFile
 from text_generation_shard.step import StepPlan, StepResult
 from text_generation_shard.step_inputs import BatchLimits, StepInputs
-from text_generation_shard.warm_up import KvBudget, WarmUpLimits, WarmUpOutcome, num_kv_blocks, run_worst_case
+from text_generation_shard.warm_up import KvBudget, WarmUpLimits, num_kv_blocks, run_worst_case
 
 NOT_FINITE = "the model's output for this sequence is not a finite number"
 
@@ -26,7 +26,6 @@ NOT_FINITE = "the model's output for this sequence is not a finite number"
 class ModelInfo:
     """What the router is told of the loaded model."""
 
-    model_type: str
     device_name: str
     vocab_size: int
     max_position_embeddings: int
@@ -81,37 +80,45 @@ class ModelRunner:
         return self._execution.overlaps
 
     @torch.inference_mode()
-    def warm_up(self, limits: WarmUpLimits) -> WarmUpOutcome:
-        """Run the worst case, then allocate KV memory.
+    def warm_up(self, limits: WarmUpLimits) -> int:
+        """Run the worst case, then allocate KV memory; answers the number of its blocks.
 
         Raises WarmUpError when the limits do not fit.
         """
         assert self._batch is None, "KV memory is allocated once"
         limits.check(self.info.max_position_embeddings)
-        started = time.perf_counter_ns()
-        longest = limits.max_sequence_length or self.info.max_position_embeddings
-        run_worst_case(self._execution, self._batch_limits(limits, 1, longest), self.layout, self._device)
-        worst_case_ns = time.perf_counter_ns() - started
-        self._progress.note_worst_case(worst_case_ns)
-        num_blocks = num_kv_blocks(limits, self.layout, self._budget, self._device)
+        if self._device.type == "cpu":
+            # What steps take is not part of the budget there, and how long they can be depends on the KV memory.
+            num_blocks = num_kv_blocks(limits, self.layout, self._budget, self._device)
+            self._run_worst_case(self._batch_limits(limits, num_blocks))
+        else:
+            longest = limits.max_sequence_length or self.info.max_position_embeddings
+            self._run_worst_case(self._batch_limits(limits, -(-longest // self.layout.block_size)))
+            num_blocks = num_kv_blocks(limits, self.layout, self._budget, self._device)
+        batch_limits = self._batch_limits(limits, num_blocks)
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
-        batch_limits = self._batch_limits(limits, num_blocks, min(longest, num_blocks * self.layout.block_size))
         self._execution.start(batch_limits, self._kv_caches)
         self._batch = InputBatch(batch_limits, has_device_tables=self._execution.has_tables)
         # What stands now stays for good. From here on garbage is collected between steps only.
         gc.collect()
         gc.freeze()
         gc.disable()
-        return WarmUpOutcome(num_blocks, worst_case_ns)
+        return num_blocks
 
-    def _batch_limits(self, limits: WarmUpLimits, num_blocks: int, max_sequence_length: int) -> BatchLimits:
+    def _run_worst_case(self, limits: BatchLimits) -> None:
+        started = time.perf_counter_ns()
+        run_worst_case(self._execution, limits, self.layout, self._device)
+        self._progress.note_worst_case(time.perf_counter_ns() - started)
+
+    def _batch_limits(self, limits: WarmUpLimits, num_blocks: int) -> BatchLimits:
+        longest = limits.max_sequence_length or self.info.max_position_embeddings
         return BatchLimits(
             vocab_size=self.info.vocab_size,
             block_size=self.layout.block_size,
             num_blocks=num_blocks,
             max_num_sequences=limits.max_num_sequences,
             max_step_tokens=limits.max_step_tokens,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=min(longest, num_blocks * self.layout.block_size),
         )
 
     def run_step(self, plan: StepPlan) -> StepResult:

@@ -25,11 +25,22 @@ from text_generation_shard.weights import load_model
 logger = logging.getLogger(__name__)
 
 
-def choose_device(rank: int) -> torch.device:
-    """This rank's GPU, or the CPU on a machine without one."""
-    if not torch.cuda.is_available():
+def choose_device(wanted: str | None, rank: int) -> torch.device:
+    """The CPU or this rank's GPU, as the launcher wants it; without a launcher, a GPU where there is one.
+
+    Raises RuntimeError when torch cannot use that GPU.
+    """
+    if wanted == "cpu" or (wanted is None and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if rank >= num_gpus:
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise RuntimeError(
+            f"rank {rank} is to run on a GPU of its own, but torch {torch.__version__}, built {build}, can use"
+            f" {num_gpus}; install a torch that fits the driver, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the"
+            " CPU"
+        )
+    device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
 
@@ -64,7 +75,7 @@ def serve(config: ShardConfig, timeline: Timeline) -> None:
     """Run the shard until SIGTERM or SIGINT; raises what ended it otherwise."""
     progress = ProgressFile(config.run_folder, config.rank)
     runner = load_runner(config, timeline, progress)
-    loop = StepLoop(runner, sends_results=config.rank == 0)
+    loop = StepLoop(runner, config.rank, config.world_size)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.stop())
     server = ShardServer(ShardService(loop), config.uds_path, config.rank)
@@ -86,11 +97,13 @@ def load_runner(
     """Join the group and load this rank's part of the model; the runner is yet to be warmed up."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = choose_device(config.rank)
+    device = choose_device(config.device, config.rank)
     model_config = load_model_config(config.model_folder)
     model_config.check_divisible(config.world_size)
     dtype = choose_dtype(config.dtype, model_config.dtype, device)
-    distributed.join_group(config.rank, config.world_size, config.master_addr, config.master_port, device)
+    distributed.join_group(
+        config.rank, config.world_size, config.master_addr, config.master_port, device, config.master_listen_fd
+    )
     timeline.phase_ends("group")
     is_dummy = config.load_format == "dummy"
     form = WeightForm.PLAIN if is_dummy else choose_form(config.dtype, device)
@@ -134,4 +147,4 @@ def _execution(
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return ModelInfo(config.model_type, name, config.vocab_size, config.max_position_embeddings)
+    return ModelInfo(name, config.vocab_size, config.max_position_embeddings)

@@ -91,7 +91,6 @@ class ShardService(ShardServicer):
         """Dimensions of the model."""
         info, layout = self._loop.runner.info, self._loop.runner.layout
         return pb.InfoReply(
-            model_type=info.model_type,
             dtype=str(layout.dtype).removeprefix("torch."),
             device_name=info.device_name,
             rank=distributed.rank(),
@@ -99,7 +98,6 @@ class ShardService(ShardServicer):
             vocab_size=info.vocab_size,
             max_position_embeddings=info.max_position_embeddings,
             block_size=layout.block_size,
-            kv_bytes_per_token=layout.bytes_per_token,
         )
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:
@@ -113,10 +111,10 @@ class ShardService(ShardServicer):
         with self._warm_up_lock:
             if self._warm_up_reply is None:
                 try:
-                    outcome = self._loop.call(lambda: self._loop.runner.warm_up(limits), WarmUpError)
+                    num_blocks = self._loop.call(lambda: self._loop.runner.warm_up(limits), WarmUpError)
                 except WarmUpError as error:
                     context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-                reply = pb.WarmupReply(num_blocks=outcome.num_blocks, warmup_ns=outcome.worst_case_ns)
+                reply = pb.WarmupReply(num_blocks=num_blocks)
                 self._warm_up_reply = limits, reply
             warm_limits, reply = self._warm_up_reply
         if warm_limits != limits:

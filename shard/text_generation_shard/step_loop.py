@@ -69,9 +69,10 @@ class PlanStream:
 class StepLoop:
     """A queue of tasks and the loop that runs them. `submit`, `open` and `call` may be called from any thread."""
 
-    def __init__(self, runner: ModelRunner, sends_results: bool) -> None:
+    def __init__(self, runner: ModelRunner, rank: int, world_size: int) -> None:
         self.runner = runner
-        self._sends_results = sends_results
+        self._sends_results = rank == 0
+        self._is_alone = world_size == 1
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_stopping = False
         self._in_flight: deque[tuple[PlanStream, StepInFlight]] = deque()
@@ -136,10 +137,19 @@ class StepLoop:
         return True
 
     def close(self, stream: PlanStream) -> None:
-        """The stream's client is gone or answered: its plans are dropped."""
+        """The stream's client is gone or answered: its plans are dropped.
+
+        Of a stream that breaks off, the ranks of a group may have read different numbers of plans, and one may wait in
+        a collective that another never enters. Nothing brings them together again, so the process ends.
+        """
+        if not stream.is_ended and not self._is_alone:
+            self._tasks.put(self._lose_group)
         stream.end()
         with self._stream_changes:
             self._stream_changes.notify_all()
+
+    def _lose_group(self) -> None:
+        raise FatalError("the stream of plans broke off, and the other ranks may have read more or less of it")
 
     def _has_no_stream(self) -> bool:
         return self._stream is None or self._stream.is_ended

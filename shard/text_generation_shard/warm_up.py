@@ -52,14 +52,6 @@ class WarmUpLimits:
             )
 
 
-@dataclass(frozen=True)
-class WarmUpOutcome:
-    """What warm-up found."""
-
-    num_blocks: int
-    worst_case_ns: int  # time of the largest steps together
-
-
 def run_worst_case(execution: Execution, limits: BatchLimits, layout: KvLayout, device: torch.device) -> None:
     """Run the largest steps on a cache of one block that all sequences share; raises WarmUpError."""
     try:

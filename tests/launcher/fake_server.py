@@ -71,6 +71,10 @@ def shard() -> None:
         watch_parent(config["run_folder"])
     tell(name, "start")
     tell(name, f"key:{os.environ.get('API_KEY')}")
+    Path(os.environ["FAKE_EVENTS"]).with_name(f"{name}-config.json").write_text(json.dumps(config))
+    if config["master_listen_fd"] is not None:
+        with socket.socket(fileno=config["master_listen_fd"]) as meeting:
+            tell(name, f"listens:{meeting.getsockname()[1]}")
     if behaviour == "die-at-start":
         for number in range(30):
             print(f"native line {number}", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from text_generation_launcher.errors import SettingsError
 from text_generation_launcher.model import tokenizer_folder
-from text_generation_launcher.places import free_port, private_places
+from text_generation_launcher.places import listen_for_shards, private_places
 
 
 def listener_at(path: Path) -> socket.socket:
@@ -57,9 +57,21 @@ def test_unusable_socket_paths_are_refused_and_left_alone(tmp_path: Path) -> Non
     assert (tmp_path / "file-0").read_text() == "kept"
 
 
-def test_a_free_port_can_be_bound() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", free_port()))
+def test_the_port_at_which_shards_meet_is_taken_at_once() -> None:
+    with listen_for_shards("localhost", None) as listener:
+        address, port = listener.getsockname()
+        assert address == "127.0.0.1"
+        with socket.create_connection((address, port)):
+            pass
+        with pytest.raises(SettingsError, match=f"--master-port {port}"):
+            listen_for_shards("localhost", port)
+    with listen_for_shards("localhost", port) as listener:
+        assert listener.getsockname()[1] == port
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"--master-addr 192\.0\.2\.1"):
+        listen_for_shards("192.0.2.1", None)
 
 
 @pytest.fixture

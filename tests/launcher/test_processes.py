@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -224,6 +225,26 @@ def test_children_get_what_was_asked_and_derived(start: Callable[..., Server], t
     assert config["max_batch_prefill_tokens"] == 64  # the model's longest sequence, less than a CPU's 256
     assert (config["model_id"], config["model_sha"], config["world_size"]) == ("fake/model", "abc", 1)
     assert oct(server.run_folder().stat().st_mode & 0o777) == "0o700"
+
+
+def test_the_first_shard_inherits_the_socket_at_which_all_meet(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start("--num-shard", "3")
+    server.wait_ready()
+    configs = [json.loads((tmp_path / f"shard-{rank}-config.json").read_text()) for rank in range(3)]
+    ports = {config["master_port"] for config in configs}
+    assert [event for event in server.events if "listens" in event] == [f"shard-0 listens:{port}" for port in ports]
+    assert f"meet at localhost:{ports.pop()}" in server.log
+    assert [config["rank"] for config in configs] == [0, 1, 2]
+    assert {config["device"] for config in configs} == {"cpu"}
+
+
+def test_a_taken_port_to_meet_at_ends_the_start(start: Callable[..., Server]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = start("--num-shard", "3", "--master-port", str(port))
+        assert server.wait() == 1
+    assert f"--master-port {port}" in server.log.splitlines()[-1]
+    assert not server.pids()
 
 
 def test_only_the_router_gets_the_api_key_and_nobody_can_read_it(start: Callable[..., Server]) -> None:

@@ -157,9 +157,9 @@ def start_driver(folder: Path, device: torch.device, tmp_path: Path) -> Driver:
     execution = GpuExecution(gpu_model, device, recorder, sizes=(1, 2, 4, 16, 24))
     layout = KvLayout(config.num_layers, 1, 64, torch.float32, BLOCK_SIZE)
     budget = KvBudget(cpu_bytes=NUM_BLOCKS * layout.bytes_per_block)
-    info = ModelInfo("llama", "device", CONFIG.vocab_size, CONFIG.max_position_embeddings)
+    info = ModelInfo("device", CONFIG.vocab_size, CONFIG.max_position_embeddings)
     runner = ModelRunner(execution, info, layout, budget, device, ProgressFile(tmp_path, 0))
-    assert runner.warm_up(LIMITS).num_blocks == NUM_BLOCKS
+    assert runner.warm_up(LIMITS) == NUM_BLOCKS
     return Driver(runner, recorder)
 
 

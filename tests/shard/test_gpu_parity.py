@@ -227,7 +227,7 @@ def start_engine(
     execution = GpuExecution(gpu_model, device, recorder, graph_sizes)
     layout = KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, dtype, BLOCK_SIZE)
     budget = KvBudget(cpu_bytes=limits.max_kv_tokens * layout.bytes_per_token)
-    info = ModelInfo(config.model_type, "device", config.vocab_size, config.max_position_embeddings)
+    info = ModelInfo("device", config.vocab_size, config.max_position_embeddings)
     runner = ModelRunner(execution, info, layout, budget, device, ProgressFile(run_folder, 0))
     runner.warm_up(limits)
     return Engine(runner, logged, limits)

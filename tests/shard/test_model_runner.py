@@ -28,11 +28,16 @@ class Formula:
 
     def __init__(self) -> None:
         self.query_lengths: list[list[int]] = []
+        self.sequence_lengths: list[list[int]] = []
+        self.last_positions: list[list[int]] = []
         self.num_cache_blocks: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         context = get_forward_context()
-        self.query_lengths.append(context.attention.query_starts.diff().tolist())
+        starts = context.attention.query_starts
+        self.query_lengths.append(starts.diff().tolist())
+        self.sequence_lengths.append(context.attention.sequence_lengths.tolist())
+        self.last_positions.append(positions[starts[1:].long() - 1].tolist())
         self.num_cache_blocks.append(len(context.kv_caches[0][0]))
         if (input_ids == DEVICE_ERROR_TOKEN).any():
             raise RuntimeError("the device is lost")
@@ -66,7 +71,7 @@ class Knot:
 
 def make_runner(folder: Path, num_blocks: int = 10) -> tuple[ModelRunner, Formula]:
     model = Formula()
-    info = ModelInfo("formula", "cpu", VOCAB_SIZE, max_position_embeddings=64)
+    info = ModelInfo("cpu", VOCAB_SIZE, max_position_embeddings=64)
     budget = KvBudget(cpu_bytes=num_blocks * LAYOUT.bytes_per_block)
     runner = ModelRunner(CpuExecution(model), info, LAYOUT, budget, torch.device("cpu"), ProgressFile(folder, 0))
     return runner, model
@@ -167,20 +172,49 @@ def test_garbage_is_collected_between_steps_only(runner: ModelRunner) -> None:
     assert is_alive() is None
 
 
-def test_warm_up_runs_the_worst_case_before_kv_memory_is_sized(tmp_path: Path) -> None:
+def test_warm_up_runs_the_worst_case_on_one_block(tmp_path: Path) -> None:
     runner, model = make_runner(tmp_path, num_blocks=10)
     assert not runner.is_warm
-    assert runner.warm_up(LIMITS).num_blocks == 10
+    assert runner.warm_up(LIMITS) == 10
     assert runner.is_warm
     assert model.query_lengths == [[24], [1] * 6]
+    assert model.sequence_lengths == [[24], [64, 1, 1, 1, 1, 1]]
+    assert model.last_positions == [[23], [63, 0, 0, 0, 0, 0]]
     runner.run_step(plan(1, {1: [5]}, {1: 1}))
     assert model.num_cache_blocks == [1, 1, 10]
 
 
-def test_a_step_longer_than_any_sequence_is_warmed_up_as_several(tmp_path: Path) -> None:
+def test_warm_up_samples_a_full_batch_with_every_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, _ = make_runner(tmp_path)
+    sampled: list[list[float]] = []
+
+    def sample(logits: torch.Tensor, temperatures: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, *_: object):
+        sampled.append([len(logits), float(temperatures.min()), int(top_k.min()), float(top_p.max())])
+        return torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits))
+
+    monkeypatch.setattr("text_generation_kernels.reference.sample", sample)
+    runner.warm_up(LIMITS)
+    assert [row[0] for row in sampled] == [1, 6]
+    for _, temperature, top_k, top_p in sampled:
+        assert temperature > 0
+        assert 0 < top_k < VOCAB_SIZE
+        assert 0 < top_p < 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (WarmUpLimits(150, 3, 0, 0), [[64, 64, 22], [1] * 3]),
+        (WarmUpLimits(150, 2, 0, 0), [[64, 64], [1] * 2]),  # two sequences cannot have more tokens
+        (WarmUpLimits(150, 3, 0, 32), [[32, 32, 32], [1] * 3]),  # nor longer ones than the KV memory
+    ],
+)
+def test_a_step_longer_than_any_sequence_is_warmed_up_as_several(
+    limits: WarmUpLimits, expected: list[list[int]], tmp_path: Path
+) -> None:
     runner, model = make_runner(tmp_path)
-    runner.warm_up(WarmUpLimits(150, 3, 0, 0))
-    assert model.query_lengths == [[64, 64, 22], [1] * 3]
+    runner.warm_up(limits)
+    assert model.query_lengths == expected
 
 
 @pytest.mark.parametrize(
@@ -202,13 +236,13 @@ def test_limits_that_do_not_fit_are_refused(
     with pytest.raises(WarmUpError, match=message):
         runner.warm_up(limits)
     assert not runner.is_warm
-    assert runner.warm_up(LIMITS).num_blocks == num_blocks
+    assert runner.warm_up(LIMITS) == num_blocks
 
 
 @pytest.mark.parametrize(("max_kv_tokens", "num_blocks"), [(0, 9), (47, 2), (48, 3), (10**6, 9)])
 def test_kv_memory_stays_within_its_limit(max_kv_tokens: int, num_blocks: int, tmp_path: Path) -> None:
     runner, _ = make_runner(tmp_path, 9)
-    assert runner.warm_up(WarmUpLimits(24, 6, 32, max_kv_tokens)).num_blocks == num_blocks
+    assert runner.warm_up(WarmUpLimits(24, 6, 32, max_kv_tokens)) == num_blocks
 
 
 def test_a_worst_case_out_of_memory_names_the_limits_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

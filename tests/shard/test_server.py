@@ -46,9 +46,6 @@ class Shards:
     def __init__(self, model_folder: Path, folder: Path, world_size: int) -> None:
         self.folder = folder
         self.uds_path = str(folder / "sockets" / "shard")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         config = ShardConfig(
             dtype="float32",
             model_folder=str(model_folder),
@@ -56,12 +53,15 @@ class Shards:
             uds_path=self.uds_path,
             run_folder=str(folder),
             world_size=world_size,
-            master_port=port,
             num_threads=1,
             cpu_kv_bytes=2**26,
             json_output=True,
         )
-        self.processes = [self._spawn(dataclasses.replace(config, rank=rank)) for rank in range(world_size)]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            config = dataclasses.replace(config, master_port=listener.getsockname()[1])
+            first = dataclasses.replace(config, master_listen_fd=listener.fileno())
+            others = [dataclasses.replace(config, rank=rank) for rank in range(1, world_size)]
+            self.processes = [self._spawn(config, listener) for config in (first, *others)]
         self.channels = [
             grpc.insecure_channel(
                 shard_address(self.uds_path, rank), options=[*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -70,7 +70,7 @@ class Shards:
         ]
         self.stubs = [ShardStub(channel) for channel in self.channels]
 
-    def _spawn(self, config: ShardConfig) -> "subprocess.Popen[str]":
+    def _spawn(self, config: ShardConfig, listener: socket.socket) -> "subprocess.Popen[str]":
         config_json = json.dumps(dataclasses.asdict(config))
         with (self.folder / f"log-{config.rank}").open("w") as log:
             return subprocess.Popen(
@@ -78,6 +78,7 @@ class Shards:
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 text=True,
+                pass_fds=() if config.master_listen_fd is None else (listener.fileno(),),
             )
 
     def wait_until_loaded(self) -> None:
@@ -179,11 +180,17 @@ class Streams:
         for plans in self._plans:
             plans.put(plan)
 
+    def send_to_one(self, rank: int, plan: pb.StepPlan) -> None:
+        self._plans[rank].put(plan)
+
     def receive(self) -> pb.StepResult:
         return next(self.calls[0])
 
     def close(self) -> None:
-        """Say that no more plans come; every rank ends its stream without an error and without results left."""
+        """Say that no more plans come; every rank ends its stream without an error and without results left.
+
+        Called again, without effect.
+        """
         for plans in self._plans:
             plans.put(None)
         for call in self.calls:
@@ -194,8 +201,7 @@ class Streams:
 def streams(shards: Shards) -> Iterator[Streams]:
     streams = Streams(shards)
     yield streams
-    for call in streams.calls:
-        call.cancel()
+    streams.close()
 
 
 def rows(result: pb.StepResult) -> dict[int, int]:
@@ -418,8 +424,7 @@ def test_a_new_stream_starts_with_an_empty_batch(shards: Shards) -> None:
     first = Streams(shards)
     first.send(new_sequences=[new(1, [1, 2], [0])], prefill_sequence_ids=[1], prefill_num_tokens=[2])
     assert list(rows(first.receive())) == [1]
-    for call in first.calls:
-        call.cancel()
+    first.close()
     second = Streams(shards)
     second.send()
     assert rows(second.receive()) == {}
@@ -443,8 +448,8 @@ def test_info_health_and_a_second_warm_up(shards: Shards) -> None:
     for rank, stub in enumerate(shards.stubs):
         info = stub.Info(pb.InfoRequest(), timeout=TIMEOUT_S)
         assert info == pb.InfoReply(
-            model_type="llama", dtype="float32", device_name="cpu", rank=rank, world_size=world_size, vocab_size=96,
-            max_position_embeddings=128, block_size=16, kv_bytes_per_token=2 * 2 * (2 // world_size) * 8 * 4,
+            dtype="float32", device_name="cpu", rank=rank, world_size=world_size, vocab_size=96,
+            max_position_embeddings=128, block_size=16,
         )  # fmt: skip
         stub.Health(pb.HealthRequest(), timeout=TIMEOUT_S)
         assert stub.Warmup(WARM_UP, timeout=TIMEOUT_S).num_blocks == NUM_BLOCKS
@@ -492,6 +497,48 @@ def test_before_warm_up_and_after_sigterm(model_folder: Path, tmp_path: Path) ->
     lines = [json.loads(line) for line in shards.log(0).splitlines()]
     assert any("Start-up phase weights" in line["message"] for line in lines)
     assert all(line["fields"]["message"] == line["message"] and line["level"] == "INFO" for line in lines)
+
+
+def test_one_rank_alone_survives_a_stream_that_breaks_off(model_folder: Path, tmp_path: Path) -> None:
+    shards = Shards(model_folder, tmp_path, 1)
+    try:
+        shards.wait_until_loaded()
+        shards.warm_up()
+        first = Streams(shards)
+        first.send(new_sequences=[new(1, [1, 2], [0])], prefill_sequence_ids=[1], prefill_num_tokens=[2])
+        assert list(rows(first.receive())) == [1]
+        first.calls[0].cancel()
+        second = Streams(shards)
+        second.send()
+        assert rows(second.receive()) == {}
+        second.close()
+    finally:
+        shards.close()
+
+
+def test_a_stream_that_breaks_off_ends_a_group(model_folder: Path, tmp_path: Path) -> None:
+    """Rank 1 has a plan that rank 0 never gets, and waits for it in a collective."""
+    shards = Shards(model_folder, tmp_path, 2)
+    try:
+        shards.wait_until_loaded()
+        shards.warm_up()
+        streams = Streams(shards)
+        streams.send()
+        streams.receive()
+        plan = pb.StepPlan(
+            step=2, new_sequences=[new(1, [1, 2], [0])], prefill_sequence_ids=pack_int32([1]),
+            prefill_num_tokens=pack_int32([2]),
+        )  # fmt: skip
+        streams.send_to_one(1, plan)
+        progress = tmp_path / "progress-1"
+        while struct.unpack("<4Q", progress.read_bytes())[0] != 2:
+            time.sleep(0.01)
+        for call in streams.calls:
+            call.cancel()
+        assert [process.wait(TIMEOUT_S) for process in shards.processes] == [1, 1]
+    finally:
+        shards.close()
+    assert "broke off" in shards.log(0)
 
 
 def test_a_step_that_breaks_ends_the_process(model_folder: Path, tmp_path: Path) -> None:

@@ -83,12 +83,12 @@ class Profiling:
         options, layout = self._options, self._runner.layout
         started = time.perf_counter()
         limits = WarmUpLimits(options.max_step_tokens, options.max_num_sequences, 0, options.max_kv_tokens)
-        outcome = self._loop.call(lambda: self._runner.warm_up(limits), WarmUpError)
-        self.report |= {"warm_up_s": time.perf_counter() - started, "num_blocks": outcome.num_blocks}
+        num_blocks = self._loop.call(lambda: self._runner.warm_up(limits), WarmUpError)
+        self.report |= {"warm_up_s": time.perf_counter() - started, "num_blocks": num_blocks}
         feed = PlanFeed(self._loop)
         feed.open()
         vocab_size = self._runner.info.vocab_size
-        router = ScriptedRouter(outcome.num_blocks, layout.block_size, options.max_step_tokens, vocab_size)
+        router = ScriptedRouter(num_blocks, layout.block_size, options.max_step_tokens, vocab_size)
         measurement = Measurement(self._runner, feed, router, self._runner.info.device_name != "cpu")
         extent = Extent(options.context, options.steps, options.traced_steps)
         for case in self._cases:
@@ -123,7 +123,7 @@ def main() -> None:
         progress = ProgressFile(run_folder, 0)
         runner = load_runner(config, Timeline(time.monotonic_ns()), progress, TimedRunner)
         assert isinstance(runner, TimedRunner)
-        loop = StepLoop(runner, sends_results=True)
+        loop = StepLoop(runner, rank=0, world_size=1)
         profiling = Profiling(options, cases, loop, runner)
         thread = threading.Thread(target=profiling.run, name="router")
         thread.start()
