@@ -45,6 +45,7 @@ class SequenceOutput:
     def publish(self) -> None:
         """Write to the stream, once a step, what was pushed."""
         outputs, self._outputs = self._outputs, []
-        self.stream.write(outputs)
-        if self.finish_reason is not None:
-            self.stream.finish(self.finish_reason)
+        if self.finish_reason is None:
+            self.stream.write(outputs)
+        else:
+            self.stream.finish(self.finish_reason, outputs)
