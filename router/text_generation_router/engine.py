@@ -235,7 +235,12 @@ class Engine:
                 self._fail(output, InternalError())
         texts_done_ns = time.monotonic_ns()
         for output in touched:
-            output.publish()
+            try:
+                output.publish()
+            except Exception:
+                logger.exception("The events of one sequence failed")
+                self._fail(output, InternalError())
+                continue
             if output.finish_reason is not None:
                 self._scheduler.finish(output.sequence)
                 del self._outputs[output.sequence.sequence_id]

@@ -16,7 +16,7 @@ class SequenceOutput:
         self.stream = stream
         self.finish_reason: FinishReason | None = None
         self._outputs: list[TokenOutput] = []
-        self._tokenizer = tokenizer
+        self._special_texts = tokenizer.vocabulary.special_texts
         self._detokenizer = Detokenizer(tokenizer.vocabulary, request.token_ids)
         self._stop_strings = (
             StopStrings(request.stop_strings, request.keep_stop_string) if request.stop_strings else None
@@ -24,14 +24,14 @@ class SequenceOutput:
 
     def push(self, token_id: int, logprob: float, reason: FinishReason | None) -> None:
         """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
-        is_special = self._tokenizer.is_special(token_id)
+        is_special = token_id in self._special_texts
         text = self._detokenizer.push(token_id)
         is_last = reason is not None
         if is_last:
             text += self._detokenizer.flush()
         if self._stop_strings is not None:
             text, has_stopped = self._stop_strings.push(
-                text, self._tokenizer.token_text(token_id) if is_special else ""
+                text, self._special_texts[token_id] if is_special else ""
             )
             if has_stopped:
                 # Where stop strings are cut off, one that the last allowed token completes is why the text ends.
@@ -45,6 +45,7 @@ class SequenceOutput:
     def publish(self) -> None:
         """Write to the stream, once a step, what was pushed."""
         outputs, self._outputs = self._outputs, []
-        self.stream.write(outputs)
-        if self.finish_reason is not None:
-            self.stream.finish(self.finish_reason)
+        if self.finish_reason is None:
+            self.stream.write(outputs)
+        else:
+            self.stream.finish(self.finish_reason, outputs)

@@ -31,9 +31,12 @@ class SchedulerLimits:
     max_num_sequences: int  # sequences in the batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
-    """What a result changed for one sequence: one more token, or the reason why it has none."""
+    """What a result changed for one sequence: one more token, or the reason why it has none.
+
+    Nobody changes one; it is not frozen because that would treble the cost of making it.
+    """
 
     sequence: Sequence
     token_id: int
@@ -125,21 +128,31 @@ class Scheduler:
 
     def _retire_exhausted(self) -> None:
         """Take sequences out of the batch whose last token is already on its way."""
-        for sequence in [sequence for sequence in self.running if sequence.is_exhausted]:
+        for sequence in [s for s in self.running if len(s.token_ids) + s.num_pending_tokens >= s.max_tokens]:
             self._leave_batch(sequence)
             sequence.state = SequenceState.DRAINING
 
     def _plan_decodes(self, plan: StepPlan) -> None:
+        """One token for each sequence that decodes.
+
+        Runs for every sequence of every step, so what most steps do to most sequences calls nothing.
+        """
+        running, block_size = self.running, self.blocks.block_size
         index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
+        while index < len(running):
+            sequence = running[index]
             index += 1
-            if sequence.is_prefilling:
-                continue
-            if not self._make_room(sequence, plan):
+            num_computed = sequence.num_computed_tokens
+            if num_computed < sequence.num_joined_tokens:
+                continue  # it is prefilling
+            if num_computed >= len(sequence.block_table) * block_size and not self._make_room(sequence, plan):
                 continue  # it was the youngest and gave way itself
-            self._compute(sequence, 1, plan)
+            sequence.step_last_planned = plan.step
+            sequence.num_computed_tokens = num_computed + 1
+            sequence.num_pending_tokens += 1
             plan.num_decode_tokens += 1
+            if not (num_computed + 1) % block_size:
+                self._register_blocks(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Give a decoding sequence its next block if it needs one, preempting the youngest until there is one."""
@@ -153,12 +166,11 @@ class Scheduler:
         return True
 
     def _plan_running_prefills(self, plan: StepPlan) -> None:
-        for sequence in self.running:
-            if sequence.is_prefilling:
-                num_tokens = self._chunk(sequence, plan)
-                if num_tokens:
-                    self._grow(sequence, self._num_missing_blocks(sequence, num_tokens), plan)
-                    self._prefill(sequence, num_tokens, plan)
+        for sequence in [s for s in self.running if s.num_computed_tokens < s.num_joined_tokens]:
+            num_tokens = self._chunk(sequence, plan)
+            if num_tokens:
+                self._grow(sequence, self._num_missing_blocks(sequence, num_tokens), plan)
+                self._prefill(sequence, num_tokens, plan)
 
     def _chunk(self, sequence: Sequence, plan: StepPlan) -> int:
         """How many tokens budget and blocks let a prefilling sequence compute now."""
@@ -357,8 +369,10 @@ class Scheduler:
         sequence.token_ids.append(token_id)
         sequence.num_pending_tokens -= 1
         assert sequence.num_pending_tokens >= 0
-        self._register_blocks(sequence)
-        if len(sequence.token_ids) >= sequence.max_tokens:
+        num_tokens = len(sequence.token_ids)
+        if not num_tokens % self.blocks.block_size:
+            self._register_blocks(sequence)
+        if num_tokens >= sequence.max_tokens:
             return FinishReason.LENGTH
         if token_id in self.eos_token_ids and not sequence.request.ignore_eos:
             return FinishReason.EOS_TOKEN

@@ -69,8 +69,3 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """Whether tokens known when it joined the batch are still to be computed."""
         return self.num_computed_tokens < self.num_joined_tokens
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether plans in flight will sample its last token, so that no further step may run it."""
-        return len(self.token_ids) + self.num_pending_tokens >= self.max_tokens

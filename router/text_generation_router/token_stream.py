@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -16,9 +17,9 @@ class FinishReason(StrEnum):
     STOP_SEQUENCE = "stop_sequence"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenOutput:
-    """One generated token.
+    """One generated token. Nobody changes one; it is not frozen because that would treble the cost of making it.
 
     `text` is the visible text it released: "" for a special token and while a character or a possible stop
     string is incomplete; the last token also releases what was held back. The texts of all tokens together are
@@ -29,6 +30,10 @@ class TokenOutput:
     logprob: float
     text: str
     is_special: bool
+
+
+# Takes tokens at once and says so (True), or leaves them to the reader (False).
+TakeOutputs = Callable[[list[TokenOutput]], bool]
 
 
 @dataclass
@@ -44,7 +49,11 @@ class Timings:
 
 @dataclass
 class TokenStream:
-    """Written by the engine, read by one handler."""
+    """Written by the engine, read by one handler.
+
+    A handler that waits can leave a function behind to which tokens are handed in the engine's own call: waking a
+    task for each token of each stream would cost more than everything else that is done with the token.
+    """
 
     num_prompt_tokens: int
     sequence_id: int = 0
@@ -55,6 +64,7 @@ class TokenStream:
     _outputs: list[TokenOutput] = field(default_factory=list)
     _error: RouterError | None = None
     _wakeup: asyncio.Future[None] | None = None
+    _take: TakeOutputs | None = None  # only while the reader waits
 
     @property
     def is_ended(self) -> bool:
@@ -68,18 +78,24 @@ class TokenStream:
             self.num_cached_tokens = num_cached_tokens
 
     def write(self, outputs: list[TokenOutput]) -> None:
-        """Add tokens and wake the reader."""
-        if not self.timings.first_token_ns:
-            self.timings.first_token_ns = time.monotonic_ns()
-        self._outputs += outputs
-        self.num_generated_tokens += len(outputs)
-        self._wake()
+        """Hand out tokens that are not the last."""
+        self._count(outputs)
+        if self._take is None or self._outputs or not self._take(outputs):
+            self._outputs += outputs
+            self._wake()
 
-    def finish(self, reason: FinishReason) -> None:
-        """End the stream well, after the last tokens were written."""
+    def finish(self, reason: FinishReason, outputs: list[TokenOutput]) -> None:
+        """End the stream well with its last tokens."""
+        self._count(outputs)
+        self._outputs += outputs
         self.timings.finished_ns = time.monotonic_ns()
         self.finish_reason = reason
         self._wake()
+
+    def _count(self, outputs: list[TokenOutput]) -> None:
+        if not self.num_generated_tokens:
+            self.timings.first_token_ns = time.monotonic_ns()
+        self.num_generated_tokens += len(outputs)
 
     def fail(self, error: RouterError) -> None:
         """End the stream with an error; the reader gets the tokens before it first."""
@@ -91,17 +107,18 @@ class TokenStream:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    async def read(self) -> list[TokenOutput]:
+    async def read(self, take: TakeOutputs | None = None) -> list[TokenOutput]:
         """All tokens since the last read, waiting for the first; [] once the stream has ended well.
 
-        Raises the RouterError that ended the stream, once the tokens before it are read.
+        While this waits, tokens that are not the last are offered to `take`; those that it takes are read. Raises
+        the RouterError that ended the stream, once the tokens before it are read.
         """
         while not self._outputs and not self.is_ended:
-            self._wakeup = asyncio.get_running_loop().create_future()
+            self._wakeup, self._take = asyncio.get_running_loop().create_future(), take
             try:
                 await self._wakeup
             finally:
-                self._wakeup = None
+                self._wakeup = self._take = None
         outputs, self._outputs = self._outputs, []
         if not outputs and self._error is not None:
             raise self._error

@@ -87,9 +87,11 @@ class FakeEngine:
         tokens = tokens[: request.max_new_tokens]
         for start in range(0, len(tokens), self.tokens_at_once):
             await asyncio.sleep(0)
-            stream.write(tokens[start : start + self.tokens_at_once])
+            outputs = tokens[start : start + self.tokens_at_once]
             if start + self.tokens_at_once >= len(tokens) and not self.error and not self.is_hanging:
-                stream.finish(FinishReason.LENGTH if is_cut else FinishReason.EOS_TOKEN)
+                stream.finish(FinishReason.LENGTH if is_cut else FinishReason.EOS_TOKEN, outputs)
+            else:
+                stream.write(outputs)
         if self.error is not None:
             stream.fail(self.error)
         if self.is_hanging:

@@ -100,7 +100,7 @@ def test_one_failing_prompt_fails_the_whole_request(serving, make_engine, until,
         def submit_with_one_hanging(request, timings):
             streams.append(submit(request, timings))
             if len(streams) == 2:
-                streams[1].finish = lambda reason: None
+                streams[1].finish = lambda reason, outputs: None
             return streams[-1]
 
         engine.submit = submit_with_one_hanging

@@ -20,7 +20,7 @@ from text_generation_router.api.openai import (
     stream_until_done,
     usage,
 )
-from text_generation_router.api.responses import event, json_response
+from text_generation_router.api.responses import TextEvent, event, json_response
 from text_generation_router.token_stream import TokenOutput
 from text_generation_router.validation import GenerationOptions
 
@@ -125,13 +125,19 @@ class _Answer:
 
     async def _send_chunks(self, events: EventStream) -> None:
         generation = self._generation
-        while outputs := await generation.read():
+        text_chunk = TextEvent(lambda text: self._chunk(TokenOutput(0, 0.0, text, False)))
+
+        def render(outputs: list[TokenOutput]) -> bytes:
+            if generation.stream.finish_reason is None and not self._call.has_logprobs:
+                return b"".join([text_chunk.render(output.text) for output in outputs])
             bodies = [self._chunk(output) for output in outputs]
             if generation.stream.finish_reason is not None:
                 bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
                 if self._call.includes_usage:
                     bodies.append(self._head.body([], usage([generation])))
-            await events.send(b"".join(map(event, bodies)))
+            return b"".join(map(event, bodies))
+
+        await events.send_all(generation, render)
         self._record.succeed(self._call.options)
 
     def _chunk(self, output: TokenOutput) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from text_generation_router.api.openai import (
     stream_until_done,
     usage,
 )
-from text_generation_router.api.responses import event, json_response
+from text_generation_router.api.responses import TextEvent, event, json_response
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
+from text_generation_router.token_stream import TokenOutput
 from text_generation_router.validation import GenerationOptions
 
 
@@ -145,12 +146,16 @@ class _Answer:
 
     async def _send_chunks(self, index: int, events: EventStream) -> None:
         generation = self._generations[index]
-        while outputs := await generation.read():
-            bodies = [self._head.body([self._choice(index, output.text, None)], None) for output in outputs]
-            if generation.stream.finish_reason is not None:
-                bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
-                bodies[-1]["usage"] = usage([generation])
-            await events.send(b"".join(map(event, bodies)))
+        chunk = TextEvent(lambda text: self._head.body([self._choice(index, text, None)], None))
+
+        def render(outputs: list[TokenOutput]) -> bytes:
+            if generation.stream.finish_reason is None:
+                return b"".join([chunk.render(output.text) for output in outputs])
+            choice = self._choice(index, outputs[-1].text, finish_reason(generation))
+            last = event(self._head.body([choice], usage([generation])))
+            return b"".join([chunk.render(output.text) for output in outputs[:-1]]) + last
+
+        await events.send_all(generation, render)
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from types import TracebackType
 
 from aiohttp import web
 
-from text_generation_router.api.generation import CLIENT_LEFT, GenerationRequest
+from text_generation_router.api.generation import CLIENT_LEFT, Generation, GenerationRequest
 from text_generation_router.api.responses import as_router_error, error_event
+from text_generation_router.token_stream import TokenOutput
 
 KEEP_ALIVE_S = 15.0
 
@@ -49,6 +50,30 @@ class EventStream:
         finally:
             self._num_writers -= 1
             self._last_sent_s = self._loop.time()
+
+    async def send_all(self, generation: Generation, render: Callable[[list[TokenOutput]], bytes]) -> None:
+        """Write the events of all tokens of a generation, as they come.
+
+        `render` makes events of tokens; when it meets the last, the generation has its finish reason.
+        """
+
+        if outputs := await generation.read():
+            await self.send(render(outputs))  # with the headers
+        connection = self._request.protocol
+        is_chunked = "Transfer-Encoding" in self.response.headers
+
+        def take(outputs: list[TokenOutput]) -> bool:
+            transport = connection.transport
+            if self._num_writers or connection.writing_paused or transport is None or transport.is_closing():
+                return False  # the client does not keep up, or is gone
+            events = render(outputs)
+            # What the response's own `write` does, at a fifth of its cost.
+            transport.write(b"%x\r\n%b\r\n" % (len(events), events) if is_chunked else events)
+            self._last_sent_s = self._loop.time()
+            return True
+
+        while outputs := await generation.read(take):
+            await self.send(render(outputs))
 
     async def __aenter__(self) -> "EventStream":
         self._timer = self._loop.call_later(KEEP_ALIVE_S, self._check_silence)

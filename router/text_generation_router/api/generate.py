@@ -127,16 +127,16 @@ async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamRe
 async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: EventStream) -> None:
     generation = await _start(record, call)
     pieces: list[str] = []
-    index = 0
-    while outputs := await generation.read():
-        is_end = generation.stream.finish_reason is not None
-        bodies = stream_bodies(outputs, index + 1, record.context.tokenizer)
-        index += len(outputs)
-        pieces += [output.text for output in outputs]
-        if is_end:
+
+    def render(outputs: list[TokenOutput]) -> bytes:
+        bodies = stream_bodies(outputs, len(pieces) + 1, record.context.tokenizer)
+        pieces.extend(output.text for output in outputs)
+        if generation.stream.finish_reason is not None:
             bodies[-1]["generated_text"] = call.text_before + "".join(pieces)
             bodies[-1]["details"] = _stream_details(generation) if call.has_details else None
-        await events.send(b"".join(map(event, bodies)))
+        return b"".join(map(event, bodies))
+
+    await events.send_all(generation, render)
     record.succeed(call.options)
 
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from text_generation_router.api.context import CONTEXT_KEY, IGNORED_KEY, Context
 from text_generation_router.api.fields import Fields
-from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
+from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.validation import GenerationOptions
 
@@ -42,26 +42,42 @@ class Generation:
         assert self.stream.finish_reason is not None, "the stream has not ended well"
         return self.stream.finish_reason
 
-    async def read(self) -> list[TokenOutput]:
-        """The next tokens, [] after the last; raises the error that ended the stream."""
-        outputs = await self.stream.read()
+    async def read(self, take: TakeOutputs | None = None) -> list[TokenOutput]:
+        """The next tokens, [] after the last; raises the error that ended the stream.
+
+        While this waits, tokens that are not the last are offered to `take`.
+        """
+
+        def take_and_count(outputs: list[TokenOutput]) -> bool:
+            is_taken = take is not None and take(outputs)
+            if is_taken:
+                self._count(len(outputs))
+            return is_taken
+
+        outputs = await self.stream.read(take_and_count)
         if outputs:
-            now = time.monotonic_ns()
-            if self._last_read_ns == 0:
-                self._metrics.first_token_read((now - self.timings.received_ns) / 1e9)
-                if len(outputs) > 1:
-                    self._metrics.next_tokens_read(0.0, len(outputs) - 1)
-            else:
-                self._metrics.next_tokens_read((now - self._last_read_ns) / 1e9, len(outputs))
-            self._last_read_ns = now
-        elif self.timings.finished_ns == 0:
-            self.timings.finished_ns = time.monotonic_ns()
+            self._count(len(outputs))
         return outputs
+
+    def _count(self, num_tokens: int) -> None:
+        now_ns = time.monotonic_ns()
+        if self._last_read_ns == 0:
+            self._metrics.first_token_read((now_ns - self.timings.received_ns) / 1e9)
+            if num_tokens > 1:
+                self._metrics.next_tokens_read(0.0, num_tokens - 1)
+        else:
+            self._metrics.next_tokens_read((now_ns - self._last_read_ns) / 1e9, num_tokens)
+        self._last_read_ns = now_ns
 
     async def read_all(self) -> list[TokenOutput]:
         """All tokens, once the stream has ended."""
         outputs: list[TokenOutput] = []
-        while piece := await self.read():
+
+        def take(piece: list[TokenOutput]) -> bool:
+            outputs.extend(piece)
+            return True
+
+        while piece := await self.read(take):
             outputs += piece
         return outputs
 

@@ -1,7 +1,8 @@
 """Answers: JSON bodies, errors in TGI's and OpenAI's shape, and the form of one server-sent event."""
 
 import logging
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -70,3 +71,15 @@ def error_event(error: RouterError, path: str) -> bytes:
 def event(body: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+class TextEvent:
+    """An event of which the text alone varies: rendered once, and cut where the text stands."""
+
+    def __init__(self, body: Callable[[str], Any]) -> None:
+        mark = f"text {secrets.token_hex(8)}"
+        self._before, self._after = event(body(mark)).split(orjson.dumps(mark))
+
+    def render(self, text: str) -> bytes:
+        """The event with this text."""
+        return b"".join((self._before, orjson.dumps(text), self._after))
