@@ -30,9 +30,7 @@ class SequenceOutput:
         if is_last:
             text += self._detokenizer.flush()
         if self._stop_strings is not None:
-            text, has_stopped = self._stop_strings.push(
-                text, self._special_texts[token_id] if is_special else ""
-            )
+            text, has_stopped = self._stop_strings.push(text, self._special_texts[token_id] if is_special else "")
             if has_stopped:
                 # Where stop strings are cut off, one that the last allowed token completes is why the text ends.
                 if reason is None or not self.sequence.request.keep_stop_string:

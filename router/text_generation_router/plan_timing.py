@@ -2,10 +2,9 @@
 
 A plan sent the moment there is room for it waits behind the running step, and a request that arrives in between misses
 it. So a plan is held back until a lead before the running step's predicted end. The lead finds itself: where a held
-plan left the GPU waiting it grows by what was lost, else it shrinks slowly. Pure: no clock of its own.
+plan left the device idle it grows by what was lost, else it shrinks slowly. Pure: no clock of its own.
 """
 
-import statistics
 from collections import deque
 
 from text_generation_router.step import PlanInFlight, StepResult
@@ -15,11 +14,11 @@ MIN_LEAD_NS = 1_000_000
 FIRST_LEAD_NS = 3_000_000
 MAX_LEAD_NS = 50_000_000
 LEAD_DECAY_NS = 5_000  # a step
-# A wait of the device beyond what is usual counts from here on, and is answered by this much more than it was long.
-TOLERATED_WAIT_NS = 100_000
+# Idle time of the device counts from here on, and is answered by this much more than it was long.
+TOLERATED_IDLE_NS = 50_000
 LEAD_MARGIN_NS = 300_000
-NUM_USUAL_GAPS = 32
-MIN_USUAL_GAPS = 8
+# Of so many results the quickest tells how the device's time relates to ours.
+NUM_RESULTS = 64
 
 
 class PlanTiming:
@@ -29,35 +28,31 @@ class PlanTiming:
         self._lead_ns = FIRST_LEAD_NS
         self._step_ns = 0  # how long the device was busy with the last step of decodes
         self._publish_ns = 0  # how long the router was busy with the tokens of the last one
-        self._last_result_ns = 0
-        # Time between results beyond the device's own, of plans that were not held back: what is usual.
-        self._usual_gaps: deque[int] = deque(maxlen=NUM_USUAL_GAPS)
+        self._device_ns = 0  # the device's own time at the end of its last step: busy and idle times added up
+        self._offsets_ns: deque[int] = deque(maxlen=NUM_RESULTS)  # from that time to the arrival of the result
 
     def due_ns(self, running: PlanInFlight, now_ns: int) -> int:
         """When the plan behind `running` is to leave, on the clock of `now_ns`; not later than `now_ns`: at once."""
-        if self._step_ns < MIN_STEP_NS or len(self._usual_gaps) < MIN_USUAL_GAPS or running.plan.is_empty:
+        if self._step_ns < MIN_STEP_NS or running.plan.is_empty:
             return now_ns
         # A step with prompts takes longer; how much longer is not known well enough to wait for it.
-        started_ns = max(running.sent_ns, self._last_result_ns)
+        started_ns = max(running.sent_ns, self._device_ns + min(self._offsets_ns))
         due_ns = started_ns + self._step_ns - self._lead_ns
         return due_ns if due_ns - now_ns > self._publish_ns else now_ns
 
     def ended(self, sent: PlanInFlight, result: StepResult, now_ns: int) -> None:
         """A result has come."""
         device_ns = result.forward_ns + result.sample_ns
-        gap_ns = now_ns - self._last_result_ns - device_ns
-        was_ahead = sent.sent_ns < self._last_result_ns
-        if sent.is_held and self._usual_gaps:
-            wait_ns = gap_ns - statistics.median_low(self._usual_gaps)
-            if wait_ns > TOLERATED_WAIT_NS:
-                self._lead_ns = min(MAX_LEAD_NS, self._lead_ns + wait_ns + LEAD_MARGIN_NS)
-            else:
-                self._lead_ns = max(MIN_LEAD_NS, self._lead_ns - LEAD_DECAY_NS)
-        elif was_ahead and device_ns:
-            self._usual_gaps.append(gap_ns)
-        if device_ns and not sent.plan.num_prefill_tokens:
+        if not device_ns:
+            return
+        if sent.is_held and result.idle_ns > TOLERATED_IDLE_NS:
+            self._lead_ns = min(MAX_LEAD_NS, self._lead_ns + result.idle_ns + LEAD_MARGIN_NS)
+        else:
+            self._lead_ns = max(MIN_LEAD_NS, self._lead_ns - LEAD_DECAY_NS)
+        if not sent.plan.num_prefill_tokens:
             self._step_ns = device_ns
-        self._last_result_ns = now_ns
+        self._device_ns += result.idle_ns + device_ns
+        self._offsets_ns.append(now_ns - self._device_ns)
 
     def published(self, duration_ns: int) -> None:
         """The tokens of a result were turned into text, which kept the loop busy so long."""

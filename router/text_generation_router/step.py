@@ -61,3 +61,4 @@ class StepResult:
     forward_ns: int = 0
     sample_ns: int = 0
     step_ns: int = 0
+    idle_ns: int = 0  # how long the device had nothing to do before the step

@@ -1,6 +1,7 @@
 """When plans leave, against a device that is simulated step by step."""
 
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 from text_generation_router.plan_timing import MIN_LEAD_NS, PlanTiming
@@ -16,6 +17,8 @@ class Device:
     timing: PlanTiming
     step_ns: int
     latency_ns: int
+    jitter_ns: int = 0  # how much later than that results come, in the mean
+    random: Random = field(default_factory=lambda: Random(1))
     now_ns: int = 1_000 * MS
     free_ns: int = 0
     step: int = 0
@@ -23,32 +26,36 @@ class Device:
     held: list[bool] = field(default_factory=list)
     headroom_ns: list[int] = field(default_factory=list)  # how long before its start each plan left
 
-    def send(self, is_held: bool) -> tuple[PlanInFlight, int]:
-        """The plan, and when its result comes."""
+    def send(self, is_held: bool) -> "tuple[PlanInFlight, StepResult, int]":
+        """The plan, its result, and when that comes."""
         self.step += 1
         sent = PlanInFlight(StepPlan(self.step, num_decode_tokens=1), self.now_ns, is_held)
         start_ns = max(self.free_ns, self.now_ns + self.latency_ns)
-        if self.free_ns:
-            self.idle_ns += start_ns - self.free_ns
+        idle_ns = start_ns - self.free_ns if self.free_ns else 0
+        self.idle_ns += idle_ns
         self.free_ns = start_ns + self.step_ns
         self.held.append(is_held)
         self.headroom_ns.append(start_ns - self.now_ns)
-        return sent, self.free_ns + self.latency_ns
+        result = StepResult(self.step, [], [], [], forward_ns=self.step_ns, idle_ns=idle_ns)
+        late_ns = int(self.random.expovariate(1 / self.jitter_ns)) if self.jitter_ns else 0
+        return sent, result, self.free_ns + self.latency_ns + late_ns
 
     def run(self, num_steps: int) -> None:
         """Two plans in flight, as the engine keeps them."""
         in_flight = [self.send(False), self.send(False)]
         for _ in range(num_steps):
-            sent, self.now_ns = in_flight.pop(0)
-            self.timing.ended(sent, StepResult(sent.plan.step, [], [], [], forward_ns=self.step_ns), self.now_ns)
+            sent, result, arrived_ns = in_flight.pop(0)
+            self.now_ns = max(self.now_ns, arrived_ns)
+            self.timing.ended(sent, result, self.now_ns)
             due_ns = self.timing.due_ns(in_flight[0][0], self.now_ns)
             is_held = due_ns > self.now_ns
             self.now_ns = max(self.now_ns, due_ns)
             in_flight.append(self.send(is_held))
 
 
-def test_plans_leave_late_and_the_device_hardly_ever_waits() -> None:
-    device = Device(PlanTiming(), step_ns=7 * MS, latency_ns=MS)
+@pytest.mark.parametrize("jitter_ns", [0, MS // 3])
+def test_plans_leave_late_and_the_device_hardly_ever_waits(jitter_ns: int) -> None:
+    device = Device(PlanTiming(), step_ns=7 * MS, latency_ns=MS, jitter_ns=jitter_ns)
     device.run(4000)
     assert sum(device.held[100:]) > 3500
     # Without holding back, each plan would leave a whole step before its start.
