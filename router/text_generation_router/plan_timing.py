@@ -14,9 +14,11 @@ MIN_LEAD_NS = 1_000_000
 FIRST_LEAD_NS = 3_000_000
 MAX_LEAD_NS = 50_000_000
 LEAD_DECAY_NS = 5_000  # a step
-# Idle time of the device counts from here on, and is answered by this much more than it was long.
+# Idle time of the device counts from here on. One long stall of the router is no reason to send early for long, so that
+# it is answered by no more than many short ones.
 TOLERATED_IDLE_NS = 50_000
 LEAD_MARGIN_NS = 300_000
+MAX_LEAD_GROWTH_NS = 700_000
 # Of so many results the quickest tells how the device's time relates to ours.
 NUM_RESULTS = 64
 
@@ -46,7 +48,8 @@ class PlanTiming:
         if not device_ns:
             return
         if sent.is_held and result.idle_ns > TOLERATED_IDLE_NS:
-            self._lead_ns = min(MAX_LEAD_NS, self._lead_ns + result.idle_ns + LEAD_MARGIN_NS)
+            growth_ns = min(result.idle_ns + LEAD_MARGIN_NS, MAX_LEAD_GROWTH_NS)
+            self._lead_ns = min(MAX_LEAD_NS, self._lead_ns + growth_ns)
         else:
             self._lead_ns = max(MIN_LEAD_NS, self._lead_ns - LEAD_DECAY_NS)
         if not sent.plan.num_prefill_tokens:
