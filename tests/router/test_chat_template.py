@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from text_generation_router import chat_template as chat_template_module
 from text_generation_router.chat_template import ChatTemplate
+from text_generation_router.conversation import Conversation
 from text_generation_router.errors import TemplateError
 from text_generation_router.tokenizer_files import BrokenTokenizer
 from tokenizers import Tokenizer, models
@@ -127,29 +128,29 @@ def by_transformers(template: str, messages: list, **options: object) -> str:
 @pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
 def test_well_known_templates(tmp_path, template, messages):
     expected = by_transformers(template, messages, add_generation_prompt=True)
-    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(Conversation(messages)) == expected
 
 
 @pytest.mark.parametrize("messages", CONTINUED)
 @pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
 def test_a_last_message_from_the_assistant_is_continued(tmp_path, template, messages):
     expected = by_transformers(template, messages, continue_final_message=True)
-    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(Conversation(messages)) == expected
 
 
 def test_the_demo_template(demo_folder):
     source = json.loads((demo_folder / "tokenizer_config.json").read_text())["chat_template"]
     template = ChatTemplate(demo_folder)
     for messages in CONVERSATIONS:
-        rendered = template.render_now(messages)
+        rendered = template.render_now(Conversation(messages))
         assert rendered == by_transformers(source, messages, add_generation_prompt=True)
         assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert template.render_now(CONTINUED[1]).endswith("<|im_start|>assistant\nThe answer is ")
+    assert template.render_now(Conversation(CONTINUED[1])).endswith("<|im_start|>assistant\nThe answer is ")
 
 
 def test_rendering_leaves_the_event_loop_free(tmp_path):
     async def render() -> str:
-        return await ChatTemplate(folder_with(tmp_path, SIMPLE)).render([USER])
+        return await ChatTemplate(folder_with(tmp_path, SIMPLE)).render(Conversation([USER]))
 
     assert asyncio.run(render()) == f"<user>{USER['content']}</><assistant>"
 
@@ -169,7 +170,7 @@ def test_tool_calls_and_tool_messages_reach_a_template_that_takes_them(tmp_path)
         messages[2],
     ]
     expected = by_transformers(LLAMA3, as_objects, add_generation_prompt=True)
-    assert ChatTemplate(folder_with(tmp_path, LLAMA3)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, LLAMA3)).render_now(Conversation(messages)) == expected
     assert '{"name": "f", "parameters": {"city": "Köln"}}' in expected
 
 
@@ -177,22 +178,22 @@ def test_tool_calls_become_content_for_a_template_that_does_not_take_them(tmp_pa
     template = ChatTemplate(folder_with(tmp_path, SIMPLE))
     called = {"role": "assistant", "tool_calls": [TOOL_CALL]}
     expected = f"<assistant>{json.dumps([TOOL_CALL], ensure_ascii=False)}</><user>x</><assistant>"
-    assert template.render_now([called, {"role": "user", "content": "x"}]) == expected
+    assert template.render_now(Conversation([called, {"role": "user", "content": "x"}])) == expected
     spoken = called | {"content": "Hm"}
-    assert template.render_now([spoken, {"role": "user", "content": "x"}]).startswith("<assistant>Hm</>")
+    assert template.render_now(Conversation([spoken, {"role": "user", "content": "x"}])).startswith("<assistant>Hm</>")
 
 
 def test_names_and_ids_reach_the_template(tmp_path):
     source = "{% for m in messages %}{{ m.name }}|{{ m.tool_call_id }}|{{ m.content }}{% endfor %}"
     message = {"role": "tool", "name": "N", "tool_call_id": "7", "content": "a b"}
-    assert ChatTemplate(folder_with(tmp_path, source)).render_now([message]) == "N|7|a b"
+    assert ChatTemplate(folder_with(tmp_path, source)).render_now(Conversation([message])) == "N|7|a b"
 
 
 @pytest.mark.parametrize("arguments", ["not JSON", "[" * 100_000, '"a"', "7", {"b": 1}, None])
 def test_arguments_that_are_no_json_of_an_object_stay_as_they_are(tmp_path, arguments):
     source = "{% for m in messages %}{{ m.tool_calls[0].function.arguments }}|{{ m.content }}{% endfor %}"
     message = {"role": "tool", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-    assert ChatTemplate(folder_with(tmp_path, source)).render_now([message]) == f"{arguments}|None"
+    assert ChatTemplate(folder_with(tmp_path, source)).render_now(Conversation([message])) == f"{arguments}|None"
 
 
 REFUSED = [
@@ -211,7 +212,9 @@ REFUSED = [
 def test_templates_that_do_not_render(tmp_path, source, reason):
     template = ChatTemplate(folder_with(tmp_path, source))
     with pytest.raises(TemplateError, match=f"^Template error: .*{reason}") as caught:
-        template.render_now([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}, USER])
+        template.render_now(
+            Conversation([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}, USER])
+        )
     assert caught.value.status == 422
 
 
@@ -222,24 +225,24 @@ ENDLESS += "{% endfor %}{% endfor %}{% endfor %}"
 def test_a_template_that_takes_too_long_is_ended(tmp_path):
     for source in (ENDLESS, ENDLESS.replace("{{ '' }}", "")):
         with pytest.raises(TemplateError, match="too long"):
-            ChatTemplate(folder_with(tmp_path, source), max_render_s=0.05).render_now([USER])
+            ChatTemplate(folder_with(tmp_path, source), max_render_s=0.05).render_now(Conversation([USER]))
 
 
 def test_a_prompt_that_grows_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template_module, "MAX_PROMPT_CHARACTERS", 1000)
     template = ChatTemplate(folder_with(tmp_path, "{% for i in range(101) %}{{ '0123456789' }}{% endfor %}"))
     with pytest.raises(TemplateError, match="1000 characters"):
-        template.render_now([USER])
+        template.render_now(Conversation([USER]))
 
 
 def test_a_template_that_drops_the_last_message_cannot_continue_it(tmp_path):
     with pytest.raises(TemplateError, match="continued"):
-        ChatTemplate(folder_with(tmp_path, "{{ messages[0].content }}")).render_now(CONTINUED[0])
+        ChatTemplate(folder_with(tmp_path, "{{ messages[0].content }}")).render_now(Conversation(CONTINUED[0]))
 
 
 def test_where_a_template_comes_from(tmp_path):
     def source() -> str:
-        return ChatTemplate(tmp_path).render_now([USER])
+        return ChatTemplate(tmp_path).render_now(Conversation([USER]))
 
     (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "processor"}))
     assert source() == "processor"
