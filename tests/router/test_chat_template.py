@@ -8,7 +8,8 @@ import pytest
 from text_generation_router import chat_template as chat_template_module
 from text_generation_router.chat_template import ChatTemplate
 from text_generation_router.conversation import Conversation
-from text_generation_router.errors import TemplateError
+from text_generation_router.errors import TemplateError, ValidationError
+from text_generation_router.model_family import ToolFormat
 from text_generation_router.tokenizer_files import BrokenTokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -258,3 +259,127 @@ def test_where_a_template_comes_from(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(BrokenTokenizer, match=r"chat_template\.json"):
         ChatTemplate(tmp_path)
+
+
+TOOLS_AND_SWITCHES = """{%- if tools %}{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{{ '</tools>' }}{% endif %}
+{%- for document in documents or [] %}[{{ document.title }}: {{ document.text }}]{% endfor %}
+{%- for m in messages %}<{{ m.role }}>{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}<assistant>
+{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
+{%- if tone is defined %}({{ tone }}){% endif %}
+{%- endif %}"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Wie's <draußen> ist",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "strict": True,
+    },
+}
+DOCUMENTS = [{"title": "Köln", "text": "am Rhein"}, {"title": "Bonn", "text": "auch"}]
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER], [WEATHER, TOOL_CALL | {"extra": [1, None]}]])
+@pytest.mark.parametrize("documents", [[], DOCUMENTS])
+@pytest.mark.parametrize("switches", [{}, {"enable_thinking": False}, {"enable_thinking": True, "tone": "kind"}])
+def test_tools_documents_and_switches_reach_the_template(tmp_path, tools, documents, switches):
+    expected = by_transformers(
+        TOOLS_AND_SWITCHES,
+        [USER],
+        tools=tools or None,
+        documents=documents or None,
+        add_generation_prompt=True,
+        **switches,
+    )
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES))
+    conversation = Conversation([USER], tools=tools, documents=documents, switches=switches)
+    assert template.render_now(conversation) == expected
+
+
+def test_calls_stay_beside_content_for_a_template_that_takes_them(tmp_path):
+    called = {"role": "assistant", "content": "Hm", "tool_calls": [TOOL_CALL]}
+    as_object = {
+        "role": "assistant",
+        "content": "Hm",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Köln"}}}],
+    }
+    expected = by_transformers(TOOLS_AND_SWITCHES, [USER, as_object, USER], add_generation_prompt=True)
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES))
+    assert template.render_now(Conversation([USER, called, USER])) == expected
+
+
+def test_tools_are_written_into_the_last_message_where_the_template_has_no_place_for_them(tmp_path):
+    template = ChatTemplate(folder_with(tmp_path, SIMPLE))
+    rendered = template.render_now(Conversation([USER], tools=[WEATHER], tool_prompt="Use them."))
+    before, _, after = rendered.partition("\n---\n")
+    assert before == f"<user>{USER['content']}"
+    tools, _, rest = after.partition("\n")
+    assert json.loads(tools) == [WEATHER]
+    assert rest == "Use them.</><assistant>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "bos_token",
+        "raise_exception",
+        "range",
+        "nothing",
+        "m",
+    ],
+)
+def test_switches_are_names_that_the_template_leaves_open(tmp_path, name):
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES + "{{ bos_token }}{% set nothing = 1 %}"))
+    with pytest.raises(ValidationError, match=rf"`chat_template_kwargs\.{name}` is no switch.*enable_thinking, tone"):
+        template.render_now(Conversation([USER], switches={name: "x"}))
+
+
+def test_what_a_template_has_no_place_for_is_refused(tmp_path):
+    template = ChatTemplate(folder_with(tmp_path, SIMPLE))
+    with pytest.raises(ValidationError, match="`documents` have no place"):
+        template.render_now(Conversation([USER], documents=DOCUMENTS))
+    with pytest.raises(ValidationError, match="`reasoning_effort` is no switch") as caught:
+        template.render_now(Conversation([USER], switches={"reasoning_effort": "low"}))
+    assert caught.value.param == "reasoning_effort"
+
+
+def test_named_templates(tmp_path):
+    named = {"default": "plain{{ messages[0].content }}", "tool_use": "tools{{ tools[0].function.name }}", "rag": "rag"}
+    folder_with(tmp_path, [{"name": name, "template": source} for name, source in named.items()])
+    template = ChatTemplate(tmp_path)
+    question = {"role": "user", "content": "?"}
+    assert template.render_now(Conversation([question])) == "plain?"
+    assert template.render_now(Conversation([question], tools=[WEATHER])) == "toolsweather"
+    assert template.render_now(Conversation([question], template="rag", tools=[WEATHER])) == "rag"
+    with pytest.raises(ValidationError, match=r"`chat_template` must be the name of one of.*default, tool_use, rag"):
+        template.render_now(Conversation([question], template="{{ messages }}"))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "short.jinja").write_text("short")
+    assert ChatTemplate(tmp_path).render_now(Conversation([question], template="short")) == "short"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TemplateError, match="no chat template"):
+        ChatTemplate(tmp_path).render_now(Conversation([question]))
+
+
+@pytest.mark.parametrize(
+    ("source", "tool_format", "has_reasoning"),
+    [
+        (SIMPLE, None, False),
+        (LLAMA3, ToolFormat.LLAMA3, False),
+        (TOOLS_AND_SWITCHES, ToolFormat.HERMES, True),
+        ("{{ '[TOOL_CALLS]' }}{{ tools }}", ToolFormat.MISTRAL, False),
+        ("<tool_call>\n<function=name>", None, False),
+    ],
+    ids=["simple", "llama3", "hermes", "mistral", "other"],
+)
+def test_families(tmp_path, source, tool_format, has_reasoning):
+    family = ChatTemplate(folder_with(tmp_path, source)).family
+    assert (family.tool_format, family.has_reasoning) == (tool_format, has_reasoning)
