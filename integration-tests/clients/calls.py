@@ -23,14 +23,14 @@ def hub_generate(url: str) -> Any:
     from huggingface_hub import InferenceClient
 
     client = InferenceClient(model=url)
-    whole = client.text_generation(RAW, max_new_tokens=32, details=True)
-    pieces = client.text_generation(RAW, max_new_tokens=32, stream=True, details=True)
+    whole = client.text_generation(RAW, max_new_tokens=32, details=True, return_full_text=False)
+    pieces = client.text_generation(RAW, max_new_tokens=32, stream=True, details=True, return_full_text=False)
     texts, last = [], None
     for piece in pieces:
         if not piece.token.special:
             texts.append(piece.token.text)
         last = piece
-    plain = client.text_generation(RAW, max_new_tokens=32, return_full_text=True, stop=["."])
+    plain = client.text_generation(RAW, max_new_tokens=32, stop=["."])
     return {
         "text": whole.generated_text,
         "streamed": "".join(texts),
@@ -48,8 +48,8 @@ def hub_errors(url: str) -> Any:
     client = InferenceClient(model=url)
     found = []
     for work in (
-        lambda: client.text_generation(RAW, max_new_tokens=10**6),
-        lambda: list(client.text_generation(RAW, max_new_tokens=10**6, stream=True)),
+        lambda: client.text_generation(RAW, top_n_tokens=50),
+        lambda: list(client.text_generation(RAW, top_n_tokens=50, stream=True)),
         lambda: client.chat_completion(MESSAGES, temperature=-1),
     ):
         try:
@@ -111,9 +111,9 @@ def tgi_errors(url: str) -> Any:
     client = Client(url)
     found = []
     for work in (
-        lambda: client.generate(RAW, max_new_tokens=10**6),
+        lambda: client.generate(RAW, top_n_tokens=50),
         lambda: client.generate("", max_new_tokens=1),
-        lambda: list(client.generate_stream(RAW, max_new_tokens=10**6)),
+        lambda: list(client.generate_stream(RAW, top_n_tokens=50)),
     ):
         try:
             work()
@@ -127,7 +127,11 @@ def tgi_chat(url: str) -> Any:
 
     client = Client(url)
     whole = client.chat(MESSAGES, max_tokens=32, temperature=0.0)
-    chunks = list(client.chat(MESSAGES, max_tokens=32, temperature=0.0, stream=True))
+    chunks = []
+    for chunk in client.chat(MESSAGES, max_tokens=32, temperature=0.0, stream=True):
+        chunks.append(chunk)
+        if chunk.choices[0].finish_reason is not None:
+            break  # this client cannot read the [DONE] that TGI and OpenAI send next
     return {
         "text": whole.choices[0].message.content,
         "streamed": "".join(chunk.choices[0].delta.content for chunk in chunks),
@@ -158,7 +162,7 @@ def litellm_chat(url: str) -> Any:
     built = litellm.stream_chunk_builder(chunks, messages=MESSAGES)
     return {
         "text": whole.choices[0].message.content,
-        "streamed": "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
+        "streamed": "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices),
         "finish": [whole.choices[0].finish_reason, built.choices[0].finish_reason],
         "usage": [whole.usage.completion_tokens, built.usage.completion_tokens],
         "role": built.choices[0].message.role,

@@ -169,7 +169,7 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
                             {
                                 "content": _STRING,
                                 "reasoning_content": _STRING,
-                                "tool_calls": _list(reference("ToolCallDelta")),
+                                "tool_calls": _or_null(_list(reference("ToolCallDelta"))),
                             },
                         ),
                         "logprobs": _or_null(reference("ChatLogprobs")),

@@ -123,10 +123,7 @@ class _Answer:
         while outputs := await generation.read():
             is_end = generation.stream.finish_reason is not None
             if self._parser is None:
-                bodies = [
-                    self._chunk({"role": "assistant", "content": output.text}, self._logprobs([output]))
-                    for output in outputs
-                ]
+                bodies = [self._chunk(_content_body(output.text), self._logprobs([output])) for output in outputs]
             else:
                 bodies = self._parsed_chunks(outputs, is_end, self._parser)
             if is_end:
@@ -175,10 +172,15 @@ class _Answer:
         return {"content": content}
 
 
+def _content_body(text: str) -> dict[str, Any]:
+    # TGI's Python client cannot do without the last key.
+    return {"role": "assistant", "content": text, "tool_calls": None}
+
+
 def _delta_body(delta: Delta) -> dict[str, Any]:
     match delta:
         case Content(text):
-            return {"role": "assistant", "content": text}
+            return _content_body(text)
         case Reasoning(text):
             return {"role": "assistant", "reasoning_content": text}
         case CallStart(index, call_id, name):

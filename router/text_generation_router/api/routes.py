@@ -61,8 +61,21 @@ _CHAT_EXAMPLE: dict[str, Any] = {"model": "tgi", "messages": _QUESTION, "max_tok
 _COMPLETION_EXAMPLE: dict[str, Any] = {"model": "tgi", "prompt": "1, 2, 3,", "max_tokens": 8, "temperature": 0}
 
 
+def _events(*schemas: dict[str, Any], is_done_last: bool) -> dict[str, Any]:
+    """What each event of a stream is: `data` with one of these as JSON, or [DONE]."""
+    content = {"contentMediaType": "application/json", "contentSchema": {"anyOf": list(schemas)}}
+    data = {"anyOf": [{"const": "[DONE]"}, content]} if is_done_last else content
+    return {"type": "object", "properties": {"data": {"type": "string", **data}}, "required": ["data"]}
+
+
 def _openai(name: str, chunk_name: str) -> dict[str, dict[str, Any]]:
-    return {JSON: reference(name), EVENTS: reference(chunk_name)}
+    return {
+        JSON: reference(name),
+        EVENTS: _events(reference(chunk_name), reference("OpenAIError"), is_done_last=True),
+    }
+
+
+_TOKEN_EVENTS = _events(reference("StreamResponse"), reference("Error"), is_done_last=False)
 
 
 def _open(path: str, handler: Handler, summary: str, answers: dict[str, dict[str, Any]]) -> Route:
@@ -84,7 +97,7 @@ ROUTES: tuple[Route, ...] = (
         "/generate_stream",
         generate_stream,
         "Continue a prompt; an event for each token. Errors are events too, behind a status of 200.",
-        {EVENTS: reference("StreamResponse")},
+        {EVENTS: _TOKEN_EVENTS},
         (GENERATE_BODY,),
         examples=(_GENERATE_EXAMPLE,),
     ),
@@ -95,7 +108,7 @@ ROUTES: tuple[Route, ...] = (
         "The older form of both: streamed if the body says so, else a list with one answer.",
         {
             JSON: {"type": "array", "items": reference("GenerateResponse"), "minItems": 1, "maxItems": 1},
-            EVENTS: reference("StreamResponse"),
+            EVENTS: _TOKEN_EVENTS,
         },
         (COMPATIBLE_BODY,),
         examples=(_GENERATE_EXAMPLE, {**_GENERATE_EXAMPLE, "stream": True}),
@@ -161,7 +174,9 @@ ROUTES: tuple[Route, ...] = (
                     reference("Completion"),
                 ]
             },
-            EVENTS: {"anyOf": [reference("StreamResponse"), reference("ChatCompletionChunk"), reference("Completion")]},
+            EVENTS: _events(
+                *map(reference, ("StreamResponse", "ChatCompletionChunk", "Completion", "Error")), is_done_last=True
+            ),
         },
         (COMPATIBLE_BODY, CHAT_BODY, COMPLETIONS_BODY),
         examples=(_GENERATE_EXAMPLE, _CHAT_EXAMPLE, _COMPLETION_EXAMPLE),
