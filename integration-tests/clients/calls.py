@@ -22,7 +22,7 @@ Call = Callable[[str], Any]
 def hub_generate(url: str) -> Any:
     from huggingface_hub import InferenceClient
 
-    client = InferenceClient(model=url)
+    client = InferenceClient(model=url, timeout=120)
     whole = client.text_generation(RAW, max_new_tokens=32, details=True, return_full_text=False)
     pieces = client.text_generation(RAW, max_new_tokens=32, stream=True, details=True, return_full_text=False)
     texts, last = [], None
@@ -45,7 +45,7 @@ def hub_errors(url: str) -> Any:
     from huggingface_hub import InferenceClient
     from huggingface_hub.errors import HfHubHTTPError, ValidationError
 
-    client = InferenceClient(model=url)
+    client = InferenceClient(model=url, timeout=120)
     found = []
     for work in (
         lambda: client.text_generation(RAW, top_n_tokens=50),
@@ -62,7 +62,7 @@ def hub_errors(url: str) -> Any:
 def hub_chat(url: str) -> Any:
     from huggingface_hub import InferenceClient
 
-    client = InferenceClient(base_url=url)
+    client = InferenceClient(base_url=url, timeout=120)
     whole = client.chat_completion(MESSAGES, max_tokens=32, temperature=0, logprobs=True)
     chunks = list(
         client.chat_completion(
@@ -81,7 +81,7 @@ def hub_chat(url: str) -> Any:
 async def _hub_async(url: str) -> Any:
     from huggingface_hub import AsyncInferenceClient
 
-    async with AsyncInferenceClient(base_url=url) as client:
+    async with AsyncInferenceClient(base_url=url, timeout=120) as client:
         stream = await client.chat_completion(MESSAGES, max_tokens=32, temperature=0, stream=True)
         return "".join([chunk.choices[0].delta.content async for chunk in stream])
 
@@ -93,7 +93,7 @@ def hub_async_chat(url: str) -> Any:
 def tgi_generate(url: str) -> Any:
     from text_generation import Client
 
-    client = Client(url)
+    client = Client(url, timeout=120)
     whole = client.generate(RAW, max_new_tokens=32)
     pieces = list(client.generate_stream(RAW, max_new_tokens=32))
     return {
@@ -108,7 +108,7 @@ def tgi_generate(url: str) -> Any:
 def tgi_errors(url: str) -> Any:
     from text_generation import Client, errors
 
-    client = Client(url)
+    client = Client(url, timeout=120)
     found = []
     for work in (
         lambda: client.generate(RAW, top_n_tokens=50),
@@ -125,7 +125,7 @@ def tgi_errors(url: str) -> Any:
 def tgi_chat(url: str) -> Any:
     from text_generation import Client
 
-    client = Client(url)
+    client = Client(url, timeout=120)
     whole = client.chat(MESSAGES, max_tokens=32, temperature=0.0)
     chunks = []
     for chunk in client.chat(MESSAGES, max_tokens=32, temperature=0.0, stream=True):
@@ -142,7 +142,7 @@ def tgi_chat(url: str) -> Any:
 async def _tgi_async(url: str) -> Any:
     from text_generation import AsyncClient
 
-    client = AsyncClient(url)
+    client = AsyncClient(url, timeout=120)
     whole = await client.generate(RAW, max_new_tokens=32)
     return [whole.generated_text] + [
         piece.generated_text async for piece in client.generate_stream(RAW, max_new_tokens=32) if piece.generated_text
