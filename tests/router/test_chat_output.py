@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from text_generation_router.chat_output.deltas import Answer, CallArguments, CallStart, PlainText
 from text_generation_router.chat_output.forced import ForcedParser
 from text_generation_router.chat_output.hermes import HermesParser
-from text_generation_router.chat_output.json_text import NotJson, ObjectReader, ValueReader
+from text_generation_router.chat_output.json_text import NotJson, ObjectReader, StringDecoder, ValueReader
 from text_generation_router.chat_output.llama3 import Llama3Parser
 from text_generation_router.chat_output.mistral import MistralParser
 from text_generation_router.chat_output.reasoning import ReasoningParser
@@ -113,6 +113,16 @@ CASES = [
     ("forced", '{"function": {"a": 1, "_name": "time"}}', "", [("time", '{"a":1}')], ""),
     ("forced", '{"function": {"_name": "time", "a": "x', "", [("time", '{"a":"x')], ""),
     ("forced", '{"function": {"_name": "no_tool"}}', "", [], ""),
+    (
+        "forced",
+        '{"function": {"_name": "no_tool", "content": "Say \\"hi\\",\\n\\\\ \\ud83d\\ude00 \\u00e9 😀\\\\" } }',
+        'Say "hi",\n\\ 😀 é 😀\\',
+        [],
+        "",
+    ),
+    ("forced", '{"function": {"_name": "no_tool", "content": "a\\ud83d b\\ude00"}}', "a\ufffd b\ufffd", [], ""),
+    ("hermes", '<tool_call>{"name": "\\ud83d"}', '<tool_call>{"name": "\\ud83d"}', [], ""),
+    ("forced", '{"function": {"_name": "no_tool", "content": "Cut \\u00', "Cut ", [], ""),
     ("thinking", "<think>\nHm.\n\nSo.\n</think>\n\nYes.", "Yes.", [], "Hm.\n\nSo."),
     ("thinking", "<think>\n\n</think>\n\nYes. ", "Yes. ", [], ""),
     ("thinking", " No <think>thoughts</think>", " No <think>thoughts</think>", [], ""),
@@ -217,6 +227,16 @@ def test_values_become_compact(value, indent):
         kept, position = kept + more, position + num_read
     assert kept == json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     assert position >= len(spread) - 1
+
+
+@given(st.text(), st.booleans(), st.data())
+def test_strings_in_pieces(value, ascii_only, data):
+    """Reference: the standard library, of the whole text."""
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    points = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
+    decoder = StringDecoder()
+    pieces = [text[i:j] for i, j in itertools.pairwise((0, *points, len(text)))]
+    assert "".join(decoder.push(piece) for piece in pieces) == value
 
 
 @given(st.dictionaries(st.text(max_size=4), JSON, max_size=4), st.sampled_from([None, 1]))

@@ -9,10 +9,11 @@ from text_generation_router.api.fields import Fields
 from text_generation_router.api.messages import read_messages
 from text_generation_router.api.openai import read_includes_usage, read_model_name, read_options, read_user
 from text_generation_router.api.tools import ToolChoice, ToolUse, read_tools
-from text_generation_router.chat_output.choose import TOOL_MARKS, tool_parser
+from text_generation_router.chat_output.choose import TOOL_MARKS, forced_parser, tool_parser
 from text_generation_router.chat_output.deltas import Parser, PlainText
 from text_generation_router.chat_output.reasoning import ReasoningParser
 from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation
+from text_generation_router.errors import ToolError
 from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily
 from text_generation_router.validation import GenerationOptions
 
@@ -40,6 +41,8 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         names={"inputs": "messages", "top_n_tokens": "top_logprobs"},
         top_n_tokens=body.integer("top_logprobs"),
     )
+    if tools.shown and "response_format" in options.unsupported:
+        raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
     body.string("prompt_cache_key")
     return ChatCall(
         conversation=_read_conversation(body, tools),
@@ -48,18 +51,16 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         options=replace(
             options,
             user=options.user or read_user(body, "safety_identifier"),
-            unsupported=(*options.unsupported, *_tools_without_grammar(tools, family)),
+            unsupported=(*options.unsupported, *(["tools"] if _is_forced(tools, family) else [])),
         ),
         has_logprobs=body.boolean("logprobs"),
         includes_usage=read_includes_usage(body),
     )
 
 
-def _tools_without_grammar(tools: ToolUse, family: ModelFamily) -> list[str]:
-    """What only a grammar could make a model do."""
-    if tools.shown and family.tool_format is None:
-        return ["tools"]
-    return ["tool_choice"] if tools.choice is ToolChoice.REQUIRED else []
+def _is_forced(tools: ToolUse, family: ModelFamily) -> bool:
+    """Whether only a grammar makes the model call tools as asked."""
+    return bool(tools.shown) and (tools.choice is ToolChoice.REQUIRED or family.tool_format is None)
 
 
 def _read_conversation(body: Fields, tools: ToolUse) -> Conversation:
@@ -109,7 +110,7 @@ def shown_special_ids(context: Context, call: ChatCall) -> frozenset[int]:
     """Special tokens that the parser of the answer has to see."""
     family = context.chat_template.family
     marks: tuple[str, ...] = (THINK_START, THINK_END) if family.has_reasoning else ()
-    if call.tools.shown and family.tool_format is not None:
+    if call.tools.shown and family.tool_format is not None and not _is_forced(call.tools, family):
         marks += TOOL_MARKS[family.tool_format]
     return frozenset(context.tokenizer.special_ids(marks))
 
@@ -117,7 +118,9 @@ def shown_special_ids(context: Context, call: ChatCall) -> frozenset[int]:
 def answer_parser(family: ModelFamily, call: ChatCall, prompt: str) -> Parser | None:
     """The parser of the answer to a prompt; None for one that is content alone."""
     parser: Parser | None = None
-    if call.tools.shown and family.tool_format is not None:
+    if _is_forced(call.tools, family):
+        parser = forced_parser()
+    elif call.tools.shown and family.tool_format is not None:
         parser = tool_parser(family.tool_format, call.tools.names, call.tools.is_parallel)
     if not family.has_reasoning:
         return parser

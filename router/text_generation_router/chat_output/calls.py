@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from text_generation_router.chat_output.deltas import CallArguments, CallStart, Delta, MakeCallId
-from text_generation_router.chat_output.json_text import NotJson, ObjectReader, Piece
+from text_generation_router.chat_output.json_text import NotJson, ObjectReader, Piece, is_unicode
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
@@ -55,7 +55,7 @@ class CallReader:
         if not piece.is_last:
             return
         name = decode(self._name_text)
-        if not isinstance(name, str) or not self._accepts(name):
+        if not isinstance(name, str) or not is_unicode(name) or not self._accepts(name):
             raise NotJson
         self.has_started = True
         deltas.append(CallStart(self._index, self._make_call_id(), name))
@@ -96,6 +96,8 @@ def unpacked(text: str) -> str:
     if not isinstance(value, str):
         return text
     try:
-        return json.dumps(json.loads(value), ensure_ascii=False, separators=(",", ":"))
+        value = json.loads(value)
+        compact = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return compact if is_unicode(compact) else json.dumps(value, separators=(",", ":"))
     except (ValueError, RecursionError):
         return text

@@ -5,6 +5,7 @@ import string
 from collections.abc import Callable
 
 from text_generation_router.chat_output.deltas import CallArguments, CallStart, Delta, Parser
+from text_generation_router.chat_output.forced import ForcedParser
 from text_generation_router.chat_output.hermes import HermesParser
 from text_generation_router.chat_output.llama3 import PYTHON_TAG, Llama3Parser
 from text_generation_router.chat_output.mistral import ARGUMENTS, CALL_ID, START, MistralParser
@@ -39,6 +40,11 @@ def make_call_id() -> str:
 def _make_short_call_id() -> str:
     """Mistral's templates demand nine letters and digits."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
+
+
+def forced_parser() -> Parser:
+    """The parser of one answer that a grammar forces to be a call, or the choice of none."""
+    return ForcedParser(make_call_id)
 
 
 class _FirstCall:

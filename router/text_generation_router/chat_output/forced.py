@@ -1,11 +1,11 @@
 """`{"function": {"_name": …, arguments…}}` as the whole answer: what a grammar forces on any model.
 
-The function `no_tool` stands for the choice to call none.
+The function `no_tool` stands for the choice to call none; its `content` is what the model says instead.
 """
 
 from text_generation_router.chat_output.calls import decode
-from text_generation_router.chat_output.deltas import CallArguments, CallStart, MakeCallId
-from text_generation_router.chat_output.json_text import NotJson, ObjectReader, Piece
+from text_generation_router.chat_output.deltas import CallArguments, CallStart, Content, MakeCallId
+from text_generation_router.chat_output.json_text import NotJson, ObjectReader, Piece, StringDecoder
 from text_generation_router.chat_output.stepwise import StepwiseParser
 
 NO_TOOL = "no_tool"
@@ -22,10 +22,11 @@ class ForcedParser(StepwiseParser):
         self._waiting = ""  # arguments that came before the name
         self._num_arguments = 0
         self._has_started = False
-        self.chose_no_tool = False
+        self._is_content = False  # no tool was chosen
+        self._content = StringDecoder()
 
     def _step(self) -> bool:
-        if self.chose_no_tool or self._outer.is_done:
+        if self._outer.is_done:
             self._held = ""
             return False
         character, self._held = self._held[0], self._held[1:]
@@ -44,11 +45,15 @@ class ForcedParser(StepwiseParser):
             if decode(member.key) == "_name":
                 self._read_name(member)
                 continue
+            if self._is_content:
+                if decode(member.key) == "content" and (text := self._content.push(member.text)):
+                    self._said.append(Content(text))
+                continue
             if member.is_first:
                 self._num_arguments += 1
                 self._say(("{" if self._num_arguments == 1 else ",") + member.key + ":")
             self._say(member.text)
-        if self._inner.is_done:
+        if self._inner.is_done and not self._is_content:
             self._say("}" if self._num_arguments else "{}")
 
     def _read_name(self, member: Piece) -> None:
@@ -57,7 +62,7 @@ class ForcedParser(StepwiseParser):
             return
         name = str(decode(self._name_text))
         if name == NO_TOOL:
-            self.chose_no_tool = True
+            self._is_content = True
             return
         self._has_started = True
         self._said.append(CallStart(0, self._make_call_id(), name))

@@ -1,5 +1,7 @@
 """Reading JSON as it comes: one value, or the members of one object, in compact form."""
 
+import json
+import re
 from dataclasses import dataclass
 
 _SPACE = " \t\n\r"
@@ -63,6 +65,62 @@ class ValueReader:
         elif character in "}]":
             self._depth -= 1
             self.is_done = self._depth == 0
+
+
+# The end of a string's text that may be the beginning of an escape, or of the two that make one character.
+_OPEN_ESCAPE = re.compile(r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?\\(?:u[0-9a-fA-F]{0,3})?$|\\u[dD][89abAB][0-9a-fA-F]{2}$")
+
+
+class StringDecoder:
+    """A string's characters, from its JSON text as it comes, quotes included."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_begun = False
+
+    def push(self, text: str) -> str:
+        """The characters that are known by now. Raises NotJson."""
+        if not self._is_begun and text:
+            if text[0] != '"':
+                raise NotJson
+            self._is_begun, text = True, text[1:]
+        text = self._held + text
+        open_escape = _find_open_escape(text)
+        self._held = text[open_escape:]
+        text = text[:open_escape]
+        if _ends_with_quote(text):
+            text = text[:-1]
+        try:
+            value: str = json.loads(f'"{text}"', strict=False)
+        except ValueError:
+            raise NotJson from None
+        # Half of a pair of escapes is no character.
+        return value if is_unicode(value) else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _find_open_escape(text: str) -> int:
+    """Where an escape begins that is not complete; the length of the text if there is none."""
+    match = _OPEN_ESCAPE.search(text)
+    if match is None:
+        return len(text)
+    start = match.start()
+    num_before = start - len(text[:start].rstrip("\\"))
+    # Behind an odd number of backslashes, the match's first one is itself escaped.
+    return start if num_before % 2 == 0 else len(text)
+
+
+def _ends_with_quote(text: str) -> bool:
+    body = text.removesuffix('"')
+    return body != text and (len(body) - len(body.rstrip("\\"))) % 2 == 0
 
 
 @dataclass(frozen=True, slots=True)
