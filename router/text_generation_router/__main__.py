@@ -11,6 +11,7 @@ import sys
 
 import uvloop
 
+from text_generation_router.access import ApiKeys, InvalidKeysFile
 from text_generation_router.api.context import Context
 from text_generation_router.app import Server, bind
 from text_generation_router.chat_template import ChatTemplate
@@ -51,6 +52,7 @@ class StopSignal:
 async def serve(config: RouterConfig) -> None:
     """Build everything, serve, and return after an orderly end."""
     stop = StopSignal()
+    ApiKeys.read(config.api_key, config.api_keys_file)  # before the shards warm up in vain
     with contextlib.ExitStack() as resources:
         listener = resources.enter_context(contextlib.closing(bind(config.hostname, config.port)))
         metrics_listener = resources.enter_context(contextlib.closing(bind(config.hostname, config.prometheus_port)))
@@ -118,7 +120,7 @@ def main() -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(config))
-    except (OSError, BrokenTokenizer, ShardFailure, InvalidLimits) as error:
+    except (OSError, BrokenTokenizer, InvalidKeysFile, ShardFailure, InvalidLimits) as error:
         logger.error("%s", error)
         sys.exit(1)
 

@@ -8,41 +8,27 @@ import socket
 from pathlib import Path
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
+from text_generation_router.access import ApiKeys
 from text_generation_router.api import service
-from text_generation_router.api.chat import chat_completions
-from text_generation_router.api.completions import completions
 from text_generation_router.api.connection import connection_factory
-from text_generation_router.api.context import CONTEXT_KEY, Context
-from text_generation_router.api.generate import compatible_generate, generate, generate_stream
+from text_generation_router.api.context import CONTEXT_KEY, DOCUMENT_KEY, Context
+from text_generation_router.api.document import build_document
 from text_generation_router.api.middleware import (
     answer_errors,
     answer_headers,
     answer_preflight,
+    identify,
     require_api_key,
 )
+from text_generation_router.api.routes import ROUTES, Route
+from text_generation_router.ranges import request_ranges
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 4096
 # How long answers that are complete may take to leave once the engine is drained.
 _LAST_WRITES_S = 2.0
-OPEN_ROUTES: tuple[tuple[str, Handler], ...] = (
-    ("/", service.health),
-    ("/health", service.health),
-    ("/ping", service.health),
-    ("/info", service.info),
-    ("/metrics", service.metrics),
-    ("/v1/models", service.models),
-)
-GENERATION_ROUTES: tuple[tuple[str, Handler], ...] = (
-    ("/", compatible_generate),
-    ("/generate", generate),
-    ("/generate_stream", generate_stream),
-    ("/v1/completions", completions),
-    ("/v1/chat/completions", chat_completions),
-)
 
 
 def build_app(context: Context) -> web.Application:
@@ -50,17 +36,25 @@ def build_app(context: Context) -> web.Application:
     config = context.config
     app = web.Application(client_max_size=config.payload_limit)
     app[CONTEXT_KEY] = context
-    for path, handler in OPEN_ROUTES:
-        app.router.add_get(path, handler)
+    keys = ApiKeys.read(config.api_key, config.api_keys_file)
+    ranges = request_ranges(config, context.engine.limits)
+    app[DOCUMENT_KEY] = build_document(ROUTES, ranges, context.version, has_keys=keys is not None)
+    _add(app, [route for route in ROUTES if route.is_open])
     open_routes: set[web.AbstractRoute] = set(app.router.routes())  # HEAD comes with GET
-    for path, handler in GENERATION_ROUTES:
-        app.router.add_post(path, handler)
+    _add(app, [route for route in ROUTES if not route.is_open])
+    app.middlewares.append(identify)
     app.middlewares.append(answer_preflight)
-    if config.api_key is not None:
-        app.middlewares.append(require_api_key(config.api_key, open_routes))
+    if keys is not None:
+        app.middlewares.append(require_api_key(keys, open_routes))
     app.middlewares.append(answer_errors)
     app.on_response_prepare.append(answer_headers(config.cors_allow_origin))
     return app
+
+
+def _add(app: web.Application, routes: list[Route]) -> None:
+    for route in routes:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post
+        add(route.path, route.handler)
 
 
 def build_metrics_app(context: Context) -> web.Application:

@@ -18,60 +18,98 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from text_generation_router.chat_messages import template_messages
-from text_generation_router.errors import TemplateError
-from text_generation_router.tokenizer_files import TokenizerFiles
+from text_generation_router.conversation import Conversation, template_messages
+from text_generation_router.errors import TemplateError, ValidationError
+from text_generation_router.model_family import detect_family
+from text_generation_router.tokenizer_files import DEFAULT_TEMPLATE, TokenizerFiles
 
 MAX_RENDER_S = 5.0
 MAX_PROMPT_CHARACTERS = 8_000_000
 NUM_THREADS = 2
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_TOOL_TEMPLATE = "tool_use"
+# What a template is given by us alone, whatever a client asks for.
+_OWN_VARIABLES = frozenset((*_SPECIAL_TOKENS, "messages", "tools", "documents", "add_generation_prompt"))
 
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
+class ModelTemplate:
+    """One of the model's templates: compiled, and what it makes use of."""
+
+    def __init__(self, source: str, environment: jinja2.Environment) -> None:
+        self.compiled: jinja2.Template | None = None
+        self.variables: frozenset[str] = frozenset()
+        self.reason = ""
+        try:
+            self.variables = frozenset(find_undeclared_variables(environment.parse(source)))
+            self.compiled = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            self.reason = f"the model's chat template does not compile: {error}"
+        self.takes_tools = "tools" in self.variables
+        self.takes_tool_calls = "tool_calls" in source
+        # Variables that a client may set: those that neither we nor the environment set.
+        self.switches = self.variables - _OWN_VARIABLES - environment.globals.keys()
+
+
 class ChatTemplate:
-    """The chat template of the model in `folder`. Raises BrokenTokenizer for files that cannot be read."""
+    """The chat templates of the model in `folder`. Raises BrokenTokenizer for files that cannot be read."""
 
     def __init__(self, folder: str | Path, max_render_s: float = MAX_RENDER_S) -> None:
         files = TokenizerFiles.read(folder)
         self._special_tokens = {
             name: token for name in _SPECIAL_TOKENS if (token := files.special_token(name)) is not None
         }
-        source = files.chat_template
         self._max_render_s = max_render_s
-        self._takes_tool_calls = "tool_calls" in source
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="chat-template")
-        self._template: jinja2.Template | None = None
-        self._reason = "the model has no chat template"
-        if source:
-            try:
-                self._template = _environment().from_string(source)
-            except jinja2.TemplateError as error:
-                self._reason = f"the model's chat template does not compile: {error}"
+        environment = _environment()
+        self._templates = {name: ModelTemplate(source, environment) for name, source in files.chat_templates.items()}
+        self.family = detect_family(files.chat_templates.values())
 
-    async def render(self, messages: list[dict[str, Any]]) -> str:
+    def choose(self, name: str | None, has_tools: bool) -> ModelTemplate:
+        """The template of a name; without one the default, or the one for tools where the model has it apart.
+
+        Raises ValidationError for a name that is none, and TemplateError for a model without a template.
+        """
+        if name is not None:
+            if name not in self._templates:
+                known = ", ".join(self._templates) or "none"
+                reason = f"`chat_template` must be the name of one of the model's templates: {known}"
+                raise ValidationError(reason, param="chat_template")
+            return self._templates[name]
+        names = (_TOOL_TEMPLATE, DEFAULT_TEMPLATE) if has_tools else (DEFAULT_TEMPLATE,)
+        for chosen in names:
+            if chosen in self._templates:
+                return self._templates[chosen]
+        raise TemplateError("the model has no chat template")
+
+    async def render(self, conversation: Conversation) -> str:
         """The prompt for a conversation; a last message from the assistant is left open to be continued.
 
-        Raises TemplateError.
+        Raises TemplateError, and ValidationError for what the model's template has no use for.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(self.render_now, messages))
+        work = partial(self.render_now, conversation)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def render_now(self, messages: list[dict[str, Any]]) -> str:
+    def render_now(self, conversation: Conversation) -> str:
         """`render` in the calling thread."""
-        if self._template is None:
-            raise TemplateError(self._reason)
-        shown = template_messages(messages, self._takes_tool_calls)
-        content = shown[-1].get("content") if shown and shown[-1]["role"] == "assistant" else None
+        template = self.choose(conversation.template, bool(conversation.tools))
+        if template.compiled is None:
+            raise TemplateError(template.reason)
+        _check_use(template, conversation)
+        shown = template_messages(conversation, template.takes_tool_calls, template.takes_tools)
+        content = shown[-1].get("content") if shown[-1]["role"] == "assistant" else None
         if not isinstance(content, str):
-            return self._render(self._template, shown, add_generation_prompt=True)
+            return self._render(template.compiled, conversation, shown, add_generation_prompt=True)
         # No message can hold the marker, so where it comes out the last content ends.
         marker = secrets.token_hex(16)
         shown[-1] = shown[-1] | {"content": f"{content}{marker} "}
-        before, found, after = self._render(self._template, shown, add_generation_prompt=False).rpartition(marker)
+        rendered = self._render(template.compiled, conversation, shown, add_generation_prompt=False)
+        before, found, after = rendered.rpartition(marker)
         if not found:
             raise TemplateError("the template drops the last message, so it cannot be continued")
         # A template that trims the content took the space after the marker: trim what it would have trimmed.
@@ -81,12 +119,19 @@ class ChatTemplate:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _render(self, template: jinja2.Template, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        variables = self._special_tokens | {
+    def _render(
+        self,
+        template: jinja2.Template,
+        conversation: Conversation,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+    ) -> str:
+        variables = conversation.switches | self._special_tokens
+        variables |= {
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
+            "tools": conversation.tools or None,
+            "documents": conversation.documents or None,
         }
         return copy_context().run(self._generate, template, variables)
 
@@ -107,6 +152,18 @@ class ChatTemplate:
             # A template's own mistakes with what the messages hold.
             raise TemplateError(f"{type(error).__name__}: {error}") from error
         return "".join(pieces)
+
+
+def _check_use(template: ModelTemplate, conversation: Conversation) -> None:
+    """Refuse what the template would leave out without a word."""
+    for name in conversation.switches:
+        if name not in template.switches:
+            known = ", ".join(sorted(template.switches)) or "none"
+            where = "reasoning_effort" if name == "reasoning_effort" else f"chat_template_kwargs.{name}"
+            reason = f"`{where}` is no switch of this model's chat template; it has: {known}"
+            raise ValidationError(reason, param=where)
+    if conversation.documents and "documents" not in template.variables:
+        raise ValidationError("`documents` have no place in this model's chat template", param="documents")
 
 
 def _check_deadline() -> None:

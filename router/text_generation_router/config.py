@@ -45,7 +45,9 @@ class RouterConfig:
         20, "Without effect here: waiting requests join at every step. Accepted for compatibility."
     )
     max_batch_size: int | None = flag(None, "Most sequences in one batch.", positive=True)
-    max_client_batch_size: int = flag(4, "Most prompts in one completions request.", positive=True)
+    max_client_batch_size: int = flag(
+        4, "Most prompts in one completions request, and instances in one request to /vertex.", positive=True
+    )
     hostname: str = flag("0.0.0.0", "IP address to listen on.")
     port: int = flag(3000, "Port to listen on; 0 picks a free one and prints it.", short="p")
     prometheus_port: int = flag(9000, "Port that serves /metrics alone; 0 picks a free one and prints it.")
@@ -53,6 +55,11 @@ class RouterConfig:
     payload_limit: int = flag(2_000_000, "Largest request body in bytes.", positive=True)
     cors_allow_origin: tuple[str, ...] = flag((), "Origin allowed by CORS; repeat for several. Default: any.")
     api_key: str | None = flag(None, "Clients must send it as `Authorization: Bearer KEY`.")
+    api_keys_file: str | None = flag(
+        None,
+        "File of API keys, one a line: NAME:DIGEST, the SHA-256 digest of the key in hexadecimal, or NAME:key:KEY. "
+        "Names are tenants: they are logged, and tenants share no cached prompts.",
+    )
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")

@@ -16,6 +16,7 @@ RouterError
 ├── IncompleteGeneration            500  incomplete_generation
 ├── IncompleteGenerationStream      500  incomplete_generation_stream
 ├── InternalError                   500  internal_error
+├── NotOffered                      501  not_implemented
 └── Unhealthy                       503  healthcheck
 """
 
@@ -137,6 +138,12 @@ class InternalError(RouterError):
 
     status, error_type, failure_label = 500, "internal_error", "generation"
     prefix = "Internal error"
+
+
+class NotOffered(RouterError):
+    """A route that other servers have and this one has not."""
+
+    status, error_type, failure_label = 501, "not_implemented", "validation"
 
 
 class Unhealthy(RouterError):

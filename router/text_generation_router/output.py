@@ -26,11 +26,14 @@ class SequenceOutput:
         """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
         is_special = token_id in self._special_texts
         text = self._detokenizer.push(token_id)
+        special_text = self._special_texts[token_id] if is_special else ""
+        if special_text and token_id in self.sequence.request.shown_special_ids:
+            text, special_text = text + special_text, ""
         is_last = reason is not None
         if is_last:
             text += self._detokenizer.flush()
         if self._stop_strings is not None:
-            text, has_stopped = self._stop_strings.push(text, self._special_texts[token_id] if is_special else "")
+            text, has_stopped = self._stop_strings.push(text, special_text)
             if has_stopped:
                 # Where stop strings are cut off, one that the last allowed token completes is why the text ends.
                 if reason is None or not self.sequence.request.keep_stop_string:

@@ -4,12 +4,15 @@ import asyncio
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as BackendTokenizer
 
 from text_generation_router.errors import ValidationError
@@ -27,6 +30,16 @@ END_OF_TURN_TOKENS = (
     "<end_of_turn>",
     "<turn|>",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """A token and the part of a text that it stands for, in bytes of UTF-8; a token that was added has none."""
+
+    token_id: int
+    text: str = ""
+    start: int = 0
+    stop: int = 0
 
 
 class Tokenizer:
@@ -65,18 +78,50 @@ class Tokenizer:
                 return value
             return self._special_pattern.sub(lambda match: match[0][:1] + self._plain_mark + match[0][1:], value)
         if isinstance(value, dict):
-            return {key: self.as_plain_text(item) for key, item in value.items()}
+            return {self.as_plain_text(key): self.as_plain_text(item) for key, item in value.items()}
         return [self.as_plain_text(item) for item in value] if isinstance(value, list) else value
+
+    def visible_text(self, text: str) -> str:
+        """`text` without the marks of `as_plain_text`, as a client may see it."""
+        return text.replace(self._plain_mark, "")
 
     def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` in the calling thread."""
-        first, *others = text.split(self._plain_mark)
-        ids = self._encode_piece(first, add_special_tokens)
-        for other in others:
-            ids += self._encode_piece(other, add_special_tokens=False)
+        ids: list[int] = []
+        for piece, adds_special in self._pieces(text, add_special_tokens):
+            encoding, missing, num_doubled = self._encode_piece(piece, adds_special)
+            ids += missing + encoding.ids[num_doubled:]
         return ids
 
-    def _encode_piece(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """What `encode` gives, with the part of `visible_text(text)` that each token stands for."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(self.spans_now, text, add_special_tokens))
+
+    def spans_now(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """`spans` in the calling thread."""
+        spans: list[TokenSpan] = []
+        num_bytes_before = 0
+        for piece, adds_special in self._pieces(text, add_special_tokens):
+            encoding, missing, num_doubled = self._encode_piece(piece, adds_special)
+            ends = list(accumulate((len(c.encode()) for c in piece), initial=num_bytes_before))
+            found = [
+                TokenSpan(token_id, piece[start:stop], ends[start], ends[stop]) if stop > start else TokenSpan(token_id)
+                for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            ]
+            spans += [TokenSpan(token_id) for token_id in missing] + found[num_doubled:]
+            num_bytes_before = ends[-1]
+        return spans
+
+    def _pieces(self, text: str, add_special_tokens: bool) -> Iterator[tuple[str, bool]]:
+        """The parts of a text that are encoded on their own; special tokens are added before the first alone."""
+        first, *others = text.split(self._plain_mark)
+        yield first, add_special_tokens
+        for other in others:
+            yield other, False
+
+    def _encode_piece(self, text: str, add_special_tokens: bool) -> tuple[Encoding, list[int], int]:
+        """The encoding, the ids that are missing before it, and how many of its first tokens are doubled."""
         uses_processor = add_special_tokens and self._adds_bos is None
         try:
             # A batch of one lets other threads run meanwhile; `encode` does not.
@@ -86,14 +131,19 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         bos = self.bos_token_id
         if not add_special_tokens or bos is None:
-            return ids
+            return encoding, [], 0
         if self._adds_bos and ids[:1] != [bos]:
-            return [bos, *ids]
-        return ids[1:] if uses_processor and ids[:2] == [bos, bos] else ids
+            return encoding, [bos], 0
+        return encoding, [], int(uses_processor and ids[:2] == [bos, bos])
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of visible text."""
         return self.vocabulary.is_special(token_id)
+
+    def special_ids(self, texts: Iterable[str]) -> list[int]:
+        """Ids of those special tokens whose own text is one of `texts`."""
+        wanted = set(texts)
+        return [token_id for token_id, text in self.vocabulary.special_texts.items() if text in wanted]
 
     def token_text(self, token_id: int) -> str:
         """A token's own text, special tokens included."""
@@ -138,7 +188,7 @@ def _eos_token_ids(files: TokenizerFiles, vocabulary: Vocabulary, backend: Backe
             if isinstance(token_id, int):
                 yield token_id
     names = [files.special_token("eos_token")]
-    names += [token for token in END_OF_TURN_TOKENS if token in files.chat_template]
+    names += [token for token in END_OF_TURN_TOKENS if any(token in t for t in files.chat_templates.values())]
     for name in names:
         token_id = backend.token_to_id(name) if name is not None else None
         if token_id is not None and (name == names[0] or vocabulary.is_special(token_id)):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DEFAULT_TEMPLATE = "default"
+
 
 class BrokenTokenizer(ValueError):
     """A file of the model is missing or not usable; the text says which and why."""
@@ -12,12 +14,13 @@ class BrokenTokenizer(ValueError):
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Their contents; {} or "" for a file that the model does not have."""
+    """Their contents; {} for a file that the model does not have."""
 
     tokenizer_config: dict[str, Any]
     generation_config: dict[str, Any]
     config: dict[str, Any]
-    chat_template: str
+    # The model's chat templates by name; most models have one, "default".
+    chat_templates: dict[str, str]
 
     @classmethod
     def read(cls, folder: str | Path) -> "TokenizerFiles":
@@ -28,7 +31,7 @@ class TokenizerFiles:
             tokenizer_config=tokenizer_config,
             generation_config=read_json(folder / "generation_config.json"),
             config=read_json(folder / "config.json"),
-            chat_template=_chat_template(folder, tokenizer_config),
+            chat_templates=_chat_templates(folder, tokenizer_config),
         )
 
     def special_token(self, name: str) -> str | None:
@@ -51,24 +54,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
-    """The template from the first place that has one."""
+def _chat_templates(folder: Path, tokenizer_config: dict[str, Any]) -> dict[str, str]:
+    """The templates from the first place that has some, and those of the folder for additional ones."""
+    additional = {path.stem: _read_text(path) for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     path = folder / "chat_template.jinja"
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise BrokenTokenizer(f"{path} cannot be read: {error}") from error
+    if path.exists():
+        return additional | {DEFAULT_TEMPLATE: _read_text(path)}
     for values in (
         read_json(folder / "chat_template.json"),
         tokenizer_config,
         read_json(folder / "processor_config.json"),
     ):
-        source = values.get("chat_template")
-        if isinstance(source, list):
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        if isinstance(source, str) and source:
-            return source
-    return ""
+        if named := _named_templates(values.get("chat_template")):
+            return additional | named
+    return additional
+
+
+def _named_templates(value: Any) -> dict[str, str]:
+    """One template, or a list of templates with names."""
+    entries = value if isinstance(value, list) else [{"name": DEFAULT_TEMPLATE, "template": value}]
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    return {name: source for name, source in pairs if isinstance(name, str) and isinstance(source, str) and source}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BrokenTokenizer(f"{path} cannot be read: {error}") from error

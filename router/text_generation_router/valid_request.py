@@ -26,3 +26,5 @@ class ValidRequest:
     ignore_eos: bool = False
     # Requests share prefix-cache blocks only with requests of the same salt.
     cache_salt: bytes = b""
+    # Special tokens whose own text is part of the text, for whoever parses it.
+    shown_special_ids: frozenset[int] = frozenset()

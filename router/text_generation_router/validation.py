@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import ValidationError
+from text_generation_router.ranges import request_ranges
 from text_generation_router.valid_request import SamplingParameters, ValidRequest
 
 # Requests without a limit are planned in pieces of this many new tokens: all that must surely fit.
@@ -16,7 +17,6 @@ MAX_NEW_TOKENS_CHUNK = 1024
 MAX_STOP_STRING_CHARACTERS = 1024
 # Beyond these a temperature changes nothing but overflows float32 logits.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-MAX_SEED = 2**64 - 1
 # Names under which clients ask for text of a given form.
 _GRAMMAR_NAMES = frozenset(
     ("grammar", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -78,6 +78,9 @@ class GenerationOptions:
     watermark: bool = False
     is_stream: bool = False
     prefill_details: bool = False
+    user: str | None = None  # for the log alone
+    # Special tokens whose own text is part of the answer's text.
+    shown_special_ids: frozenset[int] = frozenset()
     # Names of other given parameters that this server does not honour.
     unsupported: tuple[str, ...] = ()
     # Field names of the dialect where they differ from the ones above.
@@ -92,7 +95,7 @@ class GenerationOptions:
         shown = {}
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name not in ("names", "stop") and value != option.default:
+            if option.name not in ("names", "stop", "shown_special_ids") and value != option.default:
                 shown[option.name] = value
         return shown | ({"num_stop_strings": len(self.stop)} if self.stop else {})
 
@@ -104,9 +107,14 @@ class Validator:
         self._config = config
         self._limits = limits
         self._encoder = encoder
+        self._ranges = request_ranges(config, limits)
 
     async def validate(
-        self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
+        self,
+        prompt: str | list[int],
+        options: GenerationOptions,
+        add_special_tokens: bool = True,
+        cache_salt: bytes = b"",
     ) -> ValidRequest:
         """Build the request for one prompt, text or token ids; raises ValidationError."""
         self.check_options(options)
@@ -128,12 +136,13 @@ class Validator:
             stop_strings=options.stop,
             keep_stop_string=options.keep_stop_string,
             ignore_eos=options.ignore_eos,
+            cache_salt=cache_salt,
+            shown_special_ids=options.shown_special_ids,
         )
 
     def check_options(self, options: GenerationOptions) -> None:
         """Check everything that does not depend on the prompt; raises ValidationError."""
-        self._check_numbers(options)
-        self._check_counts(options)
+        self._check_ranges(options)
         self._check_stop_strings(options)
         self._refuse_unsupported(options)
 
@@ -141,38 +150,11 @@ class Validator:
         param = options.client_name(field_name)
         return ValidationError(f"`{field_name if field_name in _FIXED_NAMES else param}` {reason}", param=param)
 
-    def _check_numbers(self, options: GenerationOptions) -> None:
-        for name in ("temperature", "repetition_penalty"):
+    def _check_ranges(self, options: GenerationOptions) -> None:
+        for name, allowed in self._ranges.items():
             value = getattr(options, name)
-            if value is not None and value <= 0:
-                raise self._error(options, name, f"must be strictly positive. Given: {value}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            value = getattr(options, name)
-            if value is not None and not -2 <= value <= 2:
-                raise self._error(options, name, f"must be >= -2.0 and <= 2.0. Given: {value}")
-        for name in ("top_p", "typical_p"):
-            value = getattr(options, name)
-            if value is not None and not 0 < value < 1:
-                raise self._error(options, name, f"must be > 0.0 and < 1.0. Given: {value}")
-        if options.min_p is not None and not 0 <= options.min_p <= 1:
-            raise self._error(options, "min_p", f"must be >= 0.0 and <= 1.0. Given: {options.min_p}")
-
-    def _check_counts(self, options: GenerationOptions) -> None:
-        config = self._config
-        for name in ("top_k", "max_new_tokens"):
-            value = getattr(options, name)
-            if value is not None and value <= 0:
-                raise self._error(options, name, f"must be strictly positive. Given: {value}")
-        for name, minimum, maximum in (
-            ("best_of", 1, config.max_best_of),
-            ("n", 1, config.max_best_of),
-            ("top_n_tokens", 0, config.max_top_n_tokens),
-            ("truncate", 1, self._limits.max_input_tokens),
-            ("seed", 0, MAX_SEED),
-        ):
-            value = getattr(options, name)
-            if value is not None and not minimum <= value <= maximum:
-                raise self._error(options, name, f"must be >= {minimum} and <= {maximum}. Given: {value}")
+            if value is not None and (reason := allowed.refusal(value)) is not None:
+                raise self._error(options, name, reason)
         if options.is_stream and options.prefill_details:
             raise self._error(options, "decoder_input_details", "is not available in a stream")
 

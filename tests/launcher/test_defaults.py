@@ -37,6 +37,8 @@ def test_contradictions_are_refused(arguments: str, message: str) -> None:
 def test_an_empty_api_key_is_refused_as_flag_and_unset_as_variable() -> None:
     with pytest.raises(SettingsError, match="--api-key is empty"):
         check("--api-key", "")
+    with pytest.raises(SettingsError, match="--api-keys-file /no/such/file cannot be read"):
+        check("--api-keys-file", "/no/such/file")
     assert check(API_KEY="").api_key is None
 
 

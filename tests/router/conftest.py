@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,9 +14,12 @@ import pytest
 from text_generation_router.api.context import Context
 from text_generation_router.app import Server, bind
 from text_generation_router.config import RouterConfig
+from text_generation_router.conversation import Conversation
 from text_generation_router.errors import IncompleteGeneration, RouterError, ShuttingDown, TemplateError
 from text_generation_router.metrics import Metrics
+from text_generation_router.model_family import ModelFamily
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
+from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.valid_request import ValidRequest
 
 BOS_TOKEN_ID = 1
@@ -40,6 +44,19 @@ class FakeTokenizer:
     def as_plain_text(self, value):
         return value
 
+    def visible_text(self, text: str) -> str:
+        return text
+
+    def special_ids(self, texts) -> list[int]:
+        return [END_TOKEN_ID] if "<|end|>" in texts else []
+
+    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        starts = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))
+        spans = [
+            TokenSpan(ord(c), c, start, stop) for c, (start, stop) in zip(text, itertools.pairwise(starts), strict=True)
+        ]
+        return [TokenSpan(BOS_TOKEN_ID)] * add_special_tokens + spans
+
     def token_text(self, token_id: int) -> str:
         return "<|end|>" if token_id == END_TOKEN_ID else chr(token_id)
 
@@ -48,10 +65,19 @@ class FakeTokenizer:
 
 
 class FakeChatTemplate:
-    async def render(self, messages: list[dict[str, object]]) -> str:
+    """Shows the messages, and the names of the tools before them."""
+
+    def __init__(self) -> None:
+        self.family = ModelFamily(tool_format=None, has_reasoning=False)
+        self.prompt_end = ""
+
+    async def render(self, conversation: Conversation) -> str:
+        messages = conversation.messages
+        tools = "".join(f"[{tool['function']['name']}]" for tool in conversation.tools)
         if messages[0]["role"] == "bad":
             raise TemplateError("no such role")
-        return "".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:"
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return f"{tools}{text}assistant:{self.prompt_end}"
 
 
 class FakeEngine:

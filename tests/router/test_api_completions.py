@@ -51,7 +51,7 @@ def test_completions_stream_of_two_prompts(serving, openai_events_of):
 
 
 COMPLETIONS_ERRORS = [
-    ({"prompt": None}, "prompt", "validation", "`prompt` must be a string, a list"),
+    ({"prompt": None}, "prompt", "validation", "`prompt` is missing"),
     ({"prompt": []}, "prompt", "validation", "`prompt` must be a string, a list"),
     ({"prompt": ["a", 1]}, "prompt", "validation", "`prompt` must be a string, a list"),
     ({"prompt": [1.5]}, "prompt", "validation", "`prompt` must be a string, a list"),

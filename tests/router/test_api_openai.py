@@ -120,7 +120,7 @@ def test_messages(serving):
 
 CHAT_ERRORS = [
     ({"messages": []}, "messages", "`messages` must be a list of at least one message"),
-    ({"messages": None}, "messages", "`messages` must be a list of at least one message"),
+    ({"messages": None}, "messages", "`messages` is missing"),
     ({"messages": "hi"}, "messages", "`messages` must be a list"),
     ({"messages": ["hi"]}, "messages", "`messages` must be an object"),
     ({"messages": [{"content": "a"}]}, "messages.role", "`role` is missing"),
@@ -149,8 +149,8 @@ CHAT_ERRORS = [
     ({"top_logprobs": 6}, "top_logprobs", "`top_logprobs` must be >= 0 and <= 5"),
     ({"logprobs": 1}, "logprobs", "`logprobs` must be a boolean"),
     ({"response_format": {"type": "json_object"}}, "response_format", "`response_format` is not supported"),
-    ({"tools": [{"type": "function"}]}, "tools", "`tools` is not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "`tool_choice` is not supported"),
+    ({"tools": [{"type": "function"}]}, "tools.function", "`function` is missing"),
+    ({"tool_choice": "required"}, "tool_choice", "`tool_choice` is `required`, but there are no"),
     ({"max_tokens": 0}, "max_tokens", "`max_new_tokens` must be strictly positive"),
     ({"max_tokens": 90}, "max_tokens", "`inputs` tokens + `max_new_tokens` must be <= 100. Given: 21"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "`max_completion_tokens` and"),

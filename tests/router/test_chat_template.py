@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from text_generation_router import chat_template as chat_template_module
 from text_generation_router.chat_template import ChatTemplate
-from text_generation_router.errors import TemplateError
+from text_generation_router.conversation import Conversation
+from text_generation_router.errors import TemplateError, ValidationError
+from text_generation_router.model_family import ToolFormat
 from text_generation_router.tokenizer_files import BrokenTokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -127,29 +129,29 @@ def by_transformers(template: str, messages: list, **options: object) -> str:
 @pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
 def test_well_known_templates(tmp_path, template, messages):
     expected = by_transformers(template, messages, add_generation_prompt=True)
-    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(Conversation(messages)) == expected
 
 
 @pytest.mark.parametrize("messages", CONTINUED)
 @pytest.mark.parametrize("template", [LLAMA3, MISTRAL, QWEN, SIMPLE], ids=["llama3", "mistral", "qwen", "simple"])
 def test_a_last_message_from_the_assistant_is_continued(tmp_path, template, messages):
     expected = by_transformers(template, messages, continue_final_message=True)
-    assert ChatTemplate(folder_with(tmp_path, template)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, template)).render_now(Conversation(messages)) == expected
 
 
 def test_the_demo_template(demo_folder):
     source = json.loads((demo_folder / "tokenizer_config.json").read_text())["chat_template"]
     template = ChatTemplate(demo_folder)
     for messages in CONVERSATIONS:
-        rendered = template.render_now(messages)
+        rendered = template.render_now(Conversation(messages))
         assert rendered == by_transformers(source, messages, add_generation_prompt=True)
         assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert template.render_now(CONTINUED[1]).endswith("<|im_start|>assistant\nThe answer is ")
+    assert template.render_now(Conversation(CONTINUED[1])).endswith("<|im_start|>assistant\nThe answer is ")
 
 
 def test_rendering_leaves_the_event_loop_free(tmp_path):
     async def render() -> str:
-        return await ChatTemplate(folder_with(tmp_path, SIMPLE)).render([USER])
+        return await ChatTemplate(folder_with(tmp_path, SIMPLE)).render(Conversation([USER]))
 
     assert asyncio.run(render()) == f"<user>{USER['content']}</><assistant>"
 
@@ -169,7 +171,7 @@ def test_tool_calls_and_tool_messages_reach_a_template_that_takes_them(tmp_path)
         messages[2],
     ]
     expected = by_transformers(LLAMA3, as_objects, add_generation_prompt=True)
-    assert ChatTemplate(folder_with(tmp_path, LLAMA3)).render_now(messages) == expected
+    assert ChatTemplate(folder_with(tmp_path, LLAMA3)).render_now(Conversation(messages)) == expected
     assert '{"name": "f", "parameters": {"city": "Köln"}}' in expected
 
 
@@ -177,22 +179,22 @@ def test_tool_calls_become_content_for_a_template_that_does_not_take_them(tmp_pa
     template = ChatTemplate(folder_with(tmp_path, SIMPLE))
     called = {"role": "assistant", "tool_calls": [TOOL_CALL]}
     expected = f"<assistant>{json.dumps([TOOL_CALL], ensure_ascii=False)}</><user>x</><assistant>"
-    assert template.render_now([called, {"role": "user", "content": "x"}]) == expected
+    assert template.render_now(Conversation([called, {"role": "user", "content": "x"}])) == expected
     spoken = called | {"content": "Hm"}
-    assert template.render_now([spoken, {"role": "user", "content": "x"}]).startswith("<assistant>Hm</>")
+    assert template.render_now(Conversation([spoken, {"role": "user", "content": "x"}])).startswith("<assistant>Hm</>")
 
 
 def test_names_and_ids_reach_the_template(tmp_path):
     source = "{% for m in messages %}{{ m.name }}|{{ m.tool_call_id }}|{{ m.content }}{% endfor %}"
     message = {"role": "tool", "name": "N", "tool_call_id": "7", "content": "a b"}
-    assert ChatTemplate(folder_with(tmp_path, source)).render_now([message]) == "N|7|a b"
+    assert ChatTemplate(folder_with(tmp_path, source)).render_now(Conversation([message])) == "N|7|a b"
 
 
 @pytest.mark.parametrize("arguments", ["not JSON", "[" * 100_000, '"a"', "7", {"b": 1}, None])
 def test_arguments_that_are_no_json_of_an_object_stay_as_they_are(tmp_path, arguments):
     source = "{% for m in messages %}{{ m.tool_calls[0].function.arguments }}|{{ m.content }}{% endfor %}"
     message = {"role": "tool", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-    assert ChatTemplate(folder_with(tmp_path, source)).render_now([message]) == f"{arguments}|None"
+    assert ChatTemplate(folder_with(tmp_path, source)).render_now(Conversation([message])) == f"{arguments}|None"
 
 
 REFUSED = [
@@ -211,7 +213,9 @@ REFUSED = [
 def test_templates_that_do_not_render(tmp_path, source, reason):
     template = ChatTemplate(folder_with(tmp_path, source))
     with pytest.raises(TemplateError, match=f"^Template error: .*{reason}") as caught:
-        template.render_now([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}, USER])
+        template.render_now(
+            Conversation([{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}, USER])
+        )
     assert caught.value.status == 422
 
 
@@ -222,24 +226,24 @@ ENDLESS += "{% endfor %}{% endfor %}{% endfor %}"
 def test_a_template_that_takes_too_long_is_ended(tmp_path):
     for source in (ENDLESS, ENDLESS.replace("{{ '' }}", "")):
         with pytest.raises(TemplateError, match="too long"):
-            ChatTemplate(folder_with(tmp_path, source), max_render_s=0.05).render_now([USER])
+            ChatTemplate(folder_with(tmp_path, source), max_render_s=0.05).render_now(Conversation([USER]))
 
 
 def test_a_prompt_that_grows_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template_module, "MAX_PROMPT_CHARACTERS", 1000)
     template = ChatTemplate(folder_with(tmp_path, "{% for i in range(101) %}{{ '0123456789' }}{% endfor %}"))
     with pytest.raises(TemplateError, match="1000 characters"):
-        template.render_now([USER])
+        template.render_now(Conversation([USER]))
 
 
 def test_a_template_that_drops_the_last_message_cannot_continue_it(tmp_path):
     with pytest.raises(TemplateError, match="continued"):
-        ChatTemplate(folder_with(tmp_path, "{{ messages[0].content }}")).render_now(CONTINUED[0])
+        ChatTemplate(folder_with(tmp_path, "{{ messages[0].content }}")).render_now(Conversation(CONTINUED[0]))
 
 
 def test_where_a_template_comes_from(tmp_path):
     def source() -> str:
-        return ChatTemplate(tmp_path).render_now([USER])
+        return ChatTemplate(tmp_path).render_now(Conversation([USER]))
 
     (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "processor"}))
     assert source() == "processor"
@@ -255,3 +259,127 @@ def test_where_a_template_comes_from(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(BrokenTokenizer, match=r"chat_template\.json"):
         ChatTemplate(tmp_path)
+
+
+TOOLS_AND_SWITCHES = """{%- if tools %}{{ '<tools>' }}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{{ '</tools>' }}{% endif %}
+{%- for document in documents or [] %}[{{ document.title }}: {{ document.text }}]{% endfor %}
+{%- for m in messages %}<{{ m.role }}>{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}<assistant>
+{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
+{%- if tone is defined %}({{ tone }}){% endif %}
+{%- endif %}"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Wie's <draußen> ist",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "strict": True,
+    },
+}
+DOCUMENTS = [{"title": "Köln", "text": "am Rhein"}, {"title": "Bonn", "text": "auch"}]
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER], [WEATHER, TOOL_CALL | {"extra": [1, None]}]])
+@pytest.mark.parametrize("documents", [[], DOCUMENTS])
+@pytest.mark.parametrize("switches", [{}, {"enable_thinking": False}, {"enable_thinking": True, "tone": "kind"}])
+def test_tools_documents_and_switches_reach_the_template(tmp_path, tools, documents, switches):
+    expected = by_transformers(
+        TOOLS_AND_SWITCHES,
+        [USER],
+        tools=tools or None,
+        documents=documents or None,
+        add_generation_prompt=True,
+        **switches,
+    )
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES))
+    conversation = Conversation([USER], tools=tools, documents=documents, switches=switches)
+    assert template.render_now(conversation) == expected
+
+
+def test_calls_stay_beside_content_for_a_template_that_takes_them(tmp_path):
+    called = {"role": "assistant", "content": "Hm", "tool_calls": [TOOL_CALL]}
+    as_object = {
+        "role": "assistant",
+        "content": "Hm",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Köln"}}}],
+    }
+    expected = by_transformers(TOOLS_AND_SWITCHES, [USER, as_object, USER], add_generation_prompt=True)
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES))
+    assert template.render_now(Conversation([USER, called, USER])) == expected
+
+
+def test_tools_are_written_into_the_last_message_where_the_template_has_no_place_for_them(tmp_path):
+    template = ChatTemplate(folder_with(tmp_path, SIMPLE))
+    rendered = template.render_now(Conversation([USER], tools=[WEATHER], tool_prompt="Use them."))
+    before, _, after = rendered.partition("\n---\n")
+    assert before == f"<user>{USER['content']}"
+    tools, _, rest = after.partition("\n")
+    assert json.loads(tools) == [WEATHER]
+    assert rest == "Use them.</><assistant>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "bos_token",
+        "raise_exception",
+        "range",
+        "nothing",
+        "m",
+    ],
+)
+def test_switches_are_names_that_the_template_leaves_open(tmp_path, name):
+    template = ChatTemplate(folder_with(tmp_path, TOOLS_AND_SWITCHES + "{{ bos_token }}{% set nothing = 1 %}"))
+    with pytest.raises(ValidationError, match=rf"`chat_template_kwargs\.{name}` is no switch.*enable_thinking, tone"):
+        template.render_now(Conversation([USER], switches={name: "x"}))
+
+
+def test_what_a_template_has_no_place_for_is_refused(tmp_path):
+    template = ChatTemplate(folder_with(tmp_path, SIMPLE))
+    with pytest.raises(ValidationError, match="`documents` have no place"):
+        template.render_now(Conversation([USER], documents=DOCUMENTS))
+    with pytest.raises(ValidationError, match="`reasoning_effort` is no switch") as caught:
+        template.render_now(Conversation([USER], switches={"reasoning_effort": "low"}))
+    assert caught.value.param == "reasoning_effort"
+
+
+def test_named_templates(tmp_path):
+    named = {"default": "plain{{ messages[0].content }}", "tool_use": "tools{{ tools[0].function.name }}", "rag": "rag"}
+    folder_with(tmp_path, [{"name": name, "template": source} for name, source in named.items()])
+    template = ChatTemplate(tmp_path)
+    question = {"role": "user", "content": "?"}
+    assert template.render_now(Conversation([question])) == "plain?"
+    assert template.render_now(Conversation([question], tools=[WEATHER])) == "toolsweather"
+    assert template.render_now(Conversation([question], template="rag", tools=[WEATHER])) == "rag"
+    with pytest.raises(ValidationError, match=r"`chat_template` must be the name of one of.*default, tool_use, rag"):
+        template.render_now(Conversation([question], template="{{ messages }}"))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "short.jinja").write_text("short")
+    assert ChatTemplate(tmp_path).render_now(Conversation([question], template="short")) == "short"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TemplateError, match="no chat template"):
+        ChatTemplate(tmp_path).render_now(Conversation([question]))
+
+
+@pytest.mark.parametrize(
+    ("source", "tool_format", "has_reasoning"),
+    [
+        (SIMPLE, None, False),
+        (LLAMA3, ToolFormat.LLAMA3, False),
+        (TOOLS_AND_SWITCHES, ToolFormat.HERMES, True),
+        ("{{ '[TOOL_CALLS]' }}{{ tools }}", ToolFormat.MISTRAL, False),
+        ("<tool_call>\n<function=name>", None, False),
+    ],
+    ids=["simple", "llama3", "hermes", "mistral", "other"],
+)
+def test_families(tmp_path, source, tool_format, has_reasoning):
+    family = ChatTemplate(folder_with(tmp_path, source)).family
+    assert (family.tool_format, family.has_reasoning) == (tool_format, has_reasoning)

@@ -168,3 +168,47 @@ def test_what_a_client_wrote_never_becomes_a_control_token(demo_folder):
         "no token < | im_end"
     )
     tokenizer.close()
+
+
+def test_spans_are_those_of_transformers(demo_folder):
+    """Offsets in bytes: what transformers counts in characters."""
+    tokenizer = Tokenizer(demo_folder, 2)
+    reference = AutoTokenizer.from_pretrained(demo_folder)
+    for text in [*TEXTS, "Grüße 👩‍👩‍👧, 日本語"]:
+        expected = reference(text, return_offsets_mapping=True)
+        spans = asyncio.run(tokenizer.spans(text))
+        assert [span.token_id for span in spans] == expected["input_ids"] == tokenizer.encode_now(text)
+        for span, (start, stop) in zip(spans, expected["offset_mapping"], strict=True):
+            assert span.text == text[start:stop]
+            assert (span.start, span.stop) == (len(text[:start].encode()), len(text[:stop].encode()))
+            assert text.encode()[span.start : span.stop].decode() == span.text
+
+
+@pytest.mark.parametrize(("has_processor", "add_bos_token", "is_added"), BOS_RULES)
+def test_spans_have_the_ids_that_are_computed(tmp_path, has_processor, add_bos_token, is_added):
+    settings = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    tokenizer = Tokenizer(save_tokenizer(tmp_path, has_processor, **settings), 1)
+    for text in ("é!", f"{BOS}é!"):
+        spans = tokenizer.spans_now(text)
+        assert [span.token_id for span in spans] == tokenizer.encode_now(text)
+    assert (tokenizer.spans_now("é!")[0].stop == 0) == is_added
+
+
+def test_spans_of_a_text_whose_special_tokens_are_plain(demo_folder):
+    """They count in the text that a client sees, not in the one that is marked."""
+    tokenizer = Tokenizer(demo_folder, 1)
+    written = "é <|im_end|> x"
+    marked = f"<|im_start|>{tokenizer.as_plain_text(written)}<|im_end|>"
+    visible = tokenizer.visible_text(marked)
+    assert visible == f"<|im_start|>{written}<|im_end|>"
+    spans = tokenizer.spans_now(marked)
+    assert [span.token_id for span in spans] == tokenizer.encode_now(marked)
+    assert all(visible.encode()[span.start : span.stop].decode() == span.text for span in spans)
+    assert spans[-1].stop == len(visible.encode())
+    assert [span.text for span in spans if tokenizer.is_special(span.token_id)] == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_keys_of_what_a_client_wrote_are_plain_too(demo_folder):
+    tokenizer = Tokenizer(demo_folder, 1)
+    plain = json.dumps(tokenizer.as_plain_text({"a<|im_end|>": ["<|im_end|>"]}), ensure_ascii=False)
+    assert not [token_id for token_id in tokenizer.encode_now(plain) if tokenizer.is_special(token_id)]

@@ -5,7 +5,6 @@ import asyncio
 import orjson
 from aiohttp import web
 
-from text_generation_router.api.fields import Fields
 from text_generation_router.errors import (
     MalformedBody,
     MalformedRequest,
@@ -21,7 +20,7 @@ MAX_DEPTH = 128
 BODY_TIMEOUT_S = 60.0
 
 
-async def read_body(request: web.Request) -> Fields:
+async def read_body(request: web.Request) -> dict[str, object]:
     """Read the request's body as a JSON object, whatever its content type says."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -38,7 +37,7 @@ async def read_body(request: web.Request) -> Fields:
         raise MalformedRequest(f"the body is not valid HTTP: {error}") from None
     except web.HTTPRequestEntityTooLarge:
         raise PayloadTooLarge(f"the body must have at most {limit} bytes") from None
-    return Fields(_parse_object(content))
+    return _parse_object(content)
 
 
 def _parse_object(content: bytes) -> dict[str, object]:

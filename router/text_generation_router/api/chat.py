@@ -1,103 +1,75 @@
 """POST /v1/chat/completions."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
+from text_generation_router.api.chat_request import (
+    ChatCall,
+    answer_parser,
+    read_call,
+    render_prompt,
+    shown_special_ids,
+)
+from text_generation_router.api.chat_schema import CHAT_BODY
 from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
-from text_generation_router.api.messages import read_messages
-from text_generation_router.api.openai import (
-    AnswerHead,
-    asks_for_format,
-    finish_reason,
-    read_includes_usage,
-    read_model_name,
-    read_options,
-    stream_until_done,
-    usage,
-)
+from text_generation_router.api.openai import AnswerHead, finish_reason, stream_until_done, usage
 from text_generation_router.api.responses import TextEvent, event, json_response
-from text_generation_router.token_stream import TokenOutput
-from text_generation_router.validation import GenerationOptions
-
-
-@dataclass(frozen=True)
-class ChatCall:
-    """One request of this route."""
-
-    messages: list[dict[str, Any]]
-    model: str | None
-    options: GenerationOptions
-    has_logprobs: bool
-    includes_usage: bool
+from text_generation_router.chat_output.deltas import (
+    Answer,
+    CallArguments,
+    CallStart,
+    Content,
+    Delta,
+    Parser,
+    Reasoning,
+)
+from text_generation_router.token_stream import FinishReason, TokenOutput
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, streamed or whole."""
     async with GenerationRequest(request) as record:
-        body = await read_body(request)
-        call = read_call(body)
-        record.note_ignored(body)
-        record.admit()
-        context = record.context
-        context.validator.check_options(call.options)
-        prompt = await context.chat_template.render(context.tokenizer.as_plain_text(call.messages))
-        # The template writes the special tokens itself.
-        valid = await context.validator.validate(prompt, call.options, add_special_tokens=False)
-        generation = record.submit(valid)
-        answer = _Answer(record, call, generation, len(prompt))
-        return await (answer.stream() if call.options.is_stream else answer.whole())
+        return await answer_chat(record, await read_body(request))
 
 
-def read_call(body: Fields) -> ChatCall:
-    """Read the types of a body; ranges are the validator's."""
-    is_stream = body.boolean("stream")
-    has_logprobs = body.boolean("logprobs")
-    options = read_options(
-        body,
-        is_stream,
-        _read_unsupported(body),
-        names={"inputs": "messages", "top_n_tokens": "top_logprobs"},
-        top_n_tokens=body.integer("top_logprobs"),
-    )
-    return ChatCall(
-        messages=read_messages(body),
-        model=read_model_name(body),
-        options=options,
-        has_logprobs=has_logprobs,
-        includes_usage=read_includes_usage(body),
-    )
-
-
-def _read_unsupported(body: Fields) -> list[str]:
-    names = []
-    if asks_for_format(body):
-        names.append("response_format")
-    tool_choice = body.value("tool_choice")
-    if tool_choice == "none":
-        body.items("tools")  # leaves the tools out of the prompt
-    else:
-        if body.items("tools"):
-            names.append("tools")
-        if tool_choice is not None and tool_choice != "auto":
-            names.append("tool_choice")
-    body.string("tool_prompt")
-    body.boolean("parallel_tool_calls")
-    names += [name for name in ("functions", "function_call") if body.value(name) not in (None, [], "none")]
-    return names
+async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.StreamResponse:
+    """Answer a body of this route."""
+    context = record.context
+    family = context.chat_template.family
+    body = Fields(values, CHAT_BODY)
+    call = read_call(body, family)
+    record.note_ignored(body)
+    record.admit()
+    context.validator.check_options(call.options)
+    prompt = await render_prompt(context, call.conversation)
+    options = replace(call.options, shown_special_ids=shown_special_ids(context, call))
+    # The template writes the special tokens itself.
+    generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
+    answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))
+    return await (answer.stream() if options.is_stream else answer.whole())
 
 
 class _Answer:
     """Renders one generation in this route's shape."""
 
-    def __init__(self, record: GenerationRequest, call: ChatCall, generation: Generation, num_characters: int) -> None:
+    def __init__(
+        self,
+        record: GenerationRequest,
+        call: ChatCall,
+        generation: Generation,
+        parser: Parser | None,
+        num_characters: int,
+    ) -> None:
         self._record = record
         self._call = call
         self._generation = generation
+        self._parser = parser
+        self._has_called = False
         self._num_characters = num_characters
         self._tokenizer = record.context.tokenizer
         kind = "chat.completion.chunk" if call.options.is_stream else "chat.completion"
@@ -109,45 +81,84 @@ class _Answer:
         """The answer as one object."""
         generation = self._generation
         outputs = await generation.read_all()
-        self._record.succeed(self._call.options)
+        self._record.succeed()
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(output.text for output in outputs)},
+            "message": self._message(outputs),
             "logprobs": self._logprobs(outputs),
-            "finish_reason": finish_reason(generation),
+            "finish_reason": self._finish_reason(),
         }
         headers = timing_headers([generation], self._record.context.compute_type, self._num_characters)
         return json_response(self._head.body([choice], usage([generation])), headers)
 
+    def _message(self, outputs: list[TokenOutput]) -> dict[str, Any]:
+        if self._parser is None:
+            return {"role": "assistant", "content": "".join(output.text for output in outputs)}
+        answer = Answer()
+        for output in outputs:
+            answer.add(self._parser.push(output.text))
+        answer.add(self._parser.end())
+        self._has_called = bool(answer.calls)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in answer.calls
+            ]
+        return message
+
     async def stream(self) -> web.StreamResponse:
-        """The answer as a chunk for each token."""
+        """The answer as a chunk for each token; with a parser, for each part that tokens make known."""
         return await stream_until_done(self._record, self._num_characters, self._send_chunks)
 
     async def _send_chunks(self, events: EventStream) -> None:
         generation = self._generation
-        text_chunk = TextEvent(lambda text: self._chunk(TokenOutput(0, 0.0, text, False)))
+        text_chunk = TextEvent(lambda text: self._chunk(_content_body(text), None))
 
         def render(outputs: list[TokenOutput]) -> bytes:
-            if generation.stream.finish_reason is None and not self._call.has_logprobs:
+            is_end = generation.stream.finish_reason is not None
+            if self._parser is not None:
+                bodies = self._parsed_chunks(outputs, is_end, self._parser)
+            elif is_end or self._call.has_logprobs:
+                bodies = [self._chunk(_content_body(output.text), self._logprobs([output])) for output in outputs]
+            else:
                 return b"".join([text_chunk.render(output.text) for output in outputs])
-            bodies = [self._chunk(output) for output in outputs]
-            if generation.stream.finish_reason is not None:
-                bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
+            if is_end:
+                bodies[-1]["choices"][0]["finish_reason"] = self._finish_reason()
                 if self._call.includes_usage:
                     bodies.append(self._head.body([], usage([generation])))
             return b"".join(map(event, bodies))
 
         await events.send_all(generation, render)
-        self._record.succeed(self._call.options)
+        self._record.succeed()
 
-    def _chunk(self, output: TokenOutput) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "delta": {"role": "assistant", "content": output.text},
-            "logprobs": self._logprobs([output]),
-            "finish_reason": None,
-        }
-        return self._head.body([choice], None)
+    def _parsed_chunks(self, outputs: list[TokenOutput], is_end: bool, parser: Parser) -> list[dict[str, Any]]:
+        """A chunk for each part; a token without one has a chunk when it is the last, or its log-probability counts."""
+        bodies = []
+        for position, output in enumerate(outputs, 1):
+            is_last = is_end and position == len(outputs)
+            deltas = parser.push(output.text) + (parser.end() if is_last else [])
+            logprobs = self._logprobs([output])
+            for delta in deltas or ([Content("")] if is_last or logprobs is not None else []):
+                self._has_called |= isinstance(delta, CallStart)
+                bodies.append(self._chunk(_delta_body(delta), logprobs))
+                logprobs = None
+        return bodies
+
+    def _chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return self._head.body([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}], None)
+
+    def _finish_reason(self) -> str:
+        if self._has_called and self._generation.finish_reason is not FinishReason.LENGTH:
+            return "tool_calls"
+        return finish_reason(self._generation)
 
     def _logprobs(self, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         if not self._call.has_logprobs:
@@ -164,3 +175,27 @@ class _Answer:
                 }
             )
         return {"content": content}
+
+
+def _content_body(text: str) -> dict[str, Any]:
+    # TGI's Python client cannot do without the last key.
+    return {"role": "assistant", "content": text, "tool_calls": None}
+
+
+def _delta_body(delta: Delta) -> dict[str, Any]:
+    match delta:
+        case Content(text):
+            return _content_body(text)
+        case Reasoning(text):
+            return {"role": "assistant", "reasoning_content": text}
+        case CallStart(index, call_id, name):
+            return _call_body(index, call_id, name, "")
+        case CallArguments(index, text):
+            # Clients join the ids and names of all chunks.
+            return _call_body(index, "", None, text)
+
+
+def _call_body(index: int, call_id: str, name: str | None, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    call = {"index": index, "id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "tool_calls": [call]}

@@ -1,7 +1,5 @@
 """POST /v1/completions: one prompt or several, as text or token ids."""
 
-import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +8,9 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers, together
 from text_generation_router.api.openai import (
     AnswerHead,
-    asks_for_format,
     finish_reason,
     read_includes_usage,
     read_model_name,
@@ -21,6 +18,7 @@ from text_generation_router.api.openai import (
     stream_until_done,
     usage,
 )
+from text_generation_router.api.openai_schema import COMPLETIONS_BODY
 from text_generation_router.api.responses import TextEvent, event, json_response
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
@@ -43,44 +41,37 @@ class CompletionsCall:
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """Continue the prompts, streamed or whole."""
+    """POST /v1/completions: continue the prompts, streamed or whole."""
     async with GenerationRequest(request) as record:
-        body = await read_body(request)
-        call = read_call(body, record.context.config)
-        record.note_ignored(body)
-        record.admit(len(call.prompts))
-        validator = record.context.validator
-        requests = [await validator.validate(prompt, call.options) for prompt in call.prompts]
-        answer = _Answer(record, call, [record.submit(valid) for valid in requests])
-        return await (answer.stream() if call.options.is_stream else answer.whole())
+        return await answer_completions(record, await read_body(request))
+
+
+async def answer_completions(record: GenerationRequest, values: dict[str, Any]) -> web.StreamResponse:
+    """Answer a body of this route."""
+    body = Fields(values, COMPLETIONS_BODY)
+    call = read_call(body, record.context.config)
+    record.note_ignored(body)
+    record.admit(len(call.prompts))
+    requests = [await record.validate(prompt, call.options) for prompt in call.prompts]
+    answer = _Answer(record, call, [record.submit(valid, call.options) for valid in requests])
+    return await (answer.stream() if call.options.is_stream else answer.whole())
 
 
 def read_call(body: Fields, config: RouterConfig) -> CompletionsCall:
     """Read the types of a body; ranges are the validator's."""
-    unsupported = []
-    if body.string("suffix") is not None:
-        unsupported.append("suffix")
-    if body.boolean("echo"):
-        unsupported.append("echo")
-    if body.value("logprobs") not in (None, False):
-        unsupported.append("logprobs")
-    if body.value("grammar") is not None:
-        unsupported.append("grammar")
-    if asks_for_format(body):
-        unsupported.append("response_format")
     prompts = _read_prompts(body)
     _check_num_prompts(len(prompts), config)
     read_model_name(body)
     return CompletionsCall(
         prompts=prompts,
-        options=read_options(body, body.boolean("stream"), unsupported, names={"inputs": "prompt"}),
+        options=read_options(body, body.boolean("stream"), names={"inputs": "prompt"}),
         includes_usage=read_includes_usage(body),
     )
 
 
 def _read_prompts(body: Fields) -> list[str | list[int]]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
-    prompt = body.value("prompt")
+    prompt = body.any("prompt")
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
@@ -126,8 +117,8 @@ class _Answer:
         async def read(index: int) -> None:
             texts[index] = "".join(output.text for output in await generations[index].read_all())
 
-        await _together([read(index) for index in range(len(generations))])
-        self._record.succeed(self._call.options)
+        await together([read(index) for index in range(len(generations))])
+        self._record.succeed()
         choices = [
             self._choice(index, texts[index], finish_reason(generation)) for index, generation in enumerate(generations)
         ]
@@ -139,8 +130,8 @@ class _Answer:
         return await stream_until_done(self._record, self._call.num_characters, self._send_all)
 
     async def _send_all(self, events: EventStream) -> None:
-        await _together([self._send_chunks(index, events) for index in range(len(self._generations))])
-        self._record.succeed(self._call.options)
+        await together([self._send_chunks(index, events) for index in range(len(self._generations))])
+        self._record.succeed()
         if self._call.includes_usage:
             await events.send(event(self._head.body([], usage(self._generations))))
 
@@ -160,17 +151,3 @@ class _Answer:
     @staticmethod
     def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-async def _together(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Run everything at once; the first error ends the rest and is raised."""
-    if len(work) == 1:
-        await work[0]
-        return
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

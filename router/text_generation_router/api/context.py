@@ -1,5 +1,6 @@
 """What every handler needs of the server, and what it asks of the engine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -8,8 +9,11 @@ from aiohttp import web
 
 from text_generation_router.api.permits import Permits
 from text_generation_router.config import RouterConfig
+from text_generation_router.conversation import Conversation
 from text_generation_router.metrics import Metrics
+from text_generation_router.model_family import ModelFamily
 from text_generation_router.token_stream import Timings, TokenStream
+from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.validation import Limits, PromptEncoder, Validator
 
@@ -49,12 +53,25 @@ class Tokenizer(PromptEncoder, Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes, which need not be whole characters."""
 
+    def visible_text(self, text: str) -> str:
+        """A text of plain parts, as a client may see it."""
+
+    def special_ids(self, texts: Iterable[str]) -> list[int]:
+        """Ids of those special tokens whose own text is one of these."""
+
+    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens of a text, with the parts of it that they stand for."""
+
 
 class ChatTemplate(Protocol):
-    """Messages to prompt."""
+    """Conversation to prompt."""
 
-    async def render(self, messages: list[dict[str, object]]) -> str:
-        """The prompt; raises TemplateError."""
+    @property
+    def family(self) -> ModelFamily:
+        """How the model writes reasoning and tool calls."""
+
+    async def render(self, conversation: Conversation) -> str:
+        """The prompt; raises TemplateError, and ValidationError for what the template cannot show."""
 
 
 def package_version() -> str:
@@ -100,5 +117,12 @@ class Context:
 
 
 CONTEXT_KEY = web.AppKey("context", Context)
+# The OpenAPI document.
+DOCUMENT_KEY: web.AppKey[dict[str, Any]] = web.AppKey("document")
 # Names of the request's fields that have no effect, for the header x-ignored-parameters.
 IGNORED_KEY = web.RequestKey("ignored_parameters", str)
+# The request's id of ours; the id that its client sent, where that is fit to be shown; whose key it carries ("": none
+# or the one of `--api-key`).
+REQUEST_ID_KEY = web.RequestKey("request_id", str)
+CLIENT_REQUEST_ID_KEY = web.RequestKey("client_request_id", str)
+TENANT_KEY = web.RequestKey("tenant", str)

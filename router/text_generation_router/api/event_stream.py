@@ -54,11 +54,15 @@ class EventStream:
     async def send_all(self, generation: Generation, render: Callable[[list[TokenOutput]], bytes]) -> None:
         """Write the events of all tokens of a generation, as they come.
 
-        `render` makes events of tokens; when it meets the last, the generation has its finish reason.
+        `render` makes events of tokens, or none; when it meets the last, the generation has its finish reason.
         """
 
-        if outputs := await generation.read():
-            await self.send(render(outputs))  # with the headers
+        outputs = await generation.read()
+        while outputs and not (first := render(outputs)):
+            outputs = await generation.read()
+        if not outputs:
+            return
+        await self.send(first)  # with the headers
         connection = self._request.protocol
         is_chunked = "Transfer-Encoding" in self.response.headers
 
@@ -66,14 +70,16 @@ class EventStream:
             transport = connection.transport
             if self._num_writers or connection.writing_paused or transport is None or transport.is_closing():
                 return False  # the client does not keep up, or is gone
-            events = render(outputs)
+            if not (events := render(outputs)):
+                return True  # an empty chunk would end the response
             # What the response's own `write` does, at a fifth of its cost.
             transport.write(b"%x\r\n%b\r\n" % (len(events), events) if is_chunked else events)
             self._last_sent_s = self._loop.time()
             return True
 
         while outputs := await generation.read(take):
-            await self.send(render(outputs))
+            if events := render(outputs):
+                await self.send(events)
 
     async def __aenter__(self) -> "EventStream":
         self._timer = self._loop.call_later(KEEP_ALIVE_S, self._check_silence)

@@ -11,6 +11,7 @@ from text_generation_router.api.body import read_body
 from text_generation_router.api.context import Tokenizer
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
+from text_generation_router.api.generate_schema import COMPATIBLE_BODY, GENERATE_BODY, GENERATE_PARAMETERS
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
@@ -37,8 +38,8 @@ class GenerateCall:
 async def generate(request: web.Request) -> web.StreamResponse:
     """POST /generate: the whole answer as one object."""
     async with GenerationRequest(request) as record:
-        body = await read_body(request)
-        call = read_call(body, is_stream=False, full_text_default=False)
+        body = Fields(await read_body(request), GENERATE_BODY)
+        call = read_call(body)
         record.note_ignored(body)
         return await _answer(record, call, as_list=False)
 
@@ -46,39 +47,45 @@ async def generate(request: web.Request) -> web.StreamResponse:
 async def generate_stream(request: web.Request) -> web.StreamResponse:
     """POST /generate_stream: an event for each token."""
     async with GenerationRequest(request) as record:
-        body = await read_body(request)
-        call = read_call(body, is_stream=True, full_text_default=False)
+        body = Fields(await read_body(request), GENERATE_BODY)
+        call = read_call(body, is_stream=True)
         record.note_ignored(body)
         return await _stream(record, call)
 
 
 async def compatible_generate(request: web.Request) -> web.StreamResponse:
-    """POST /: the old inference API, streamed or not as the body says; the whole answer is a list of one."""
+    """POST /: the old inference API, streamed or not as the body says."""
     async with GenerationRequest(request) as record:
-        body = await read_body(request)
-        is_stream = body.boolean("stream")
-        full_text = record.context.config.model_pipeline_tag in (None, "text-generation")
-        call = read_call(body, is_stream=is_stream, full_text_default=full_text)
-        record.note_ignored(body)
-        return await _stream(record, call) if is_stream else await _answer(record, call, as_list=True)
+        return await answer_compatible(record, await read_body(request))
 
 
-def read_call(body: Fields, is_stream: bool, full_text_default: bool) -> GenerateCall:
-    """Read the types of a body; ranges are the validator's."""
+async def answer_compatible(record: GenerationRequest, values: dict[str, Any]) -> web.StreamResponse:
+    """Answer a body of the old inference API; the whole answer is a list of one."""
+    body = Fields(values, COMPATIBLE_BODY)
+    is_stream = body.boolean("stream")
+    full_text = record.context.config.model_pipeline_tag in (None, "text-generation")
+    call = read_call(body, is_stream=is_stream, full_text_default=full_text)
+    record.note_ignored(body)
+    return await _stream(record, call) if is_stream else await _answer(record, call, as_list=True)
+
+
+def read_call(
+    body: Fields, is_stream: bool = False, full_text_default: bool = False, samples_by_default: bool = False
+) -> GenerateCall:
+    """Read the types of a body; ranges are the validator's. Without any parameters TGI samples."""
     inputs = body.required_string("inputs")
     given = body.object("parameters")
-    parameters = given or Fields({})
+    parameters = given or Fields({}, GENERATE_PARAMETERS)
     options = replace(
         read_shared_options(parameters, is_stream),
         max_new_tokens=parameters.integer("max_new_tokens"),
-        # Without any parameters TGI samples.
-        do_sample=parameters.boolean("do_sample", default=given is None),
+        do_sample=parameters.boolean("do_sample", default=samples_by_default or given is None),
         keep_stop_string=True,
         truncate=parameters.integer("truncate"),
         top_n_tokens=parameters.integer("top_n_tokens"),
         watermark=parameters.boolean("watermark"),
         prefill_details=parameters.boolean("decoder_input_details"),
-        unsupported=_read_unsupported(parameters),
+        unsupported=tuple(parameters.refused()),
     )
     return GenerateCall(
         inputs=inputs,
@@ -88,21 +95,15 @@ def read_call(body: Fields, is_stream: bool, full_text_default: bool) -> Generat
     )
 
 
-def _read_unsupported(parameters: Fields) -> tuple[str, ...]:
-    given = {"grammar": parameters.mapping("grammar"), "adapter_id": parameters.string("adapter_id")}
-    return tuple(name for name, value in given.items() if value is not None)
-
-
 async def _start(record: GenerationRequest, call: GenerateCall) -> Generation:
-    request = await record.context.validator.validate(call.inputs, call.options)
-    return record.submit(request)
+    return record.submit(await record.validate(call.inputs, call.options), call.options)
 
 
 async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) -> web.Response:
     record.admit()
     generation = await _start(record, call)
     outputs = await generation.read_all()
-    record.succeed(call.options)
+    record.succeed()
     body: dict[str, Any] = {"generated_text": call.text_before + "".join(output.text for output in outputs)}
     if call.has_details:
         body["details"] = {
@@ -137,7 +138,7 @@ async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: Ev
         return b"".join(map(event, bodies))
 
     await events.send_all(generation, render)
-    record.succeed(call.options)
+    record.succeed()
 
 
 def _stream_details(generation: Generation) -> dict[str, Any]:

@@ -1,14 +1,23 @@
 """One HTTP request on a generation route: its permits, its streams, and its one place in the counters."""
 
+import asyncio
 import logging
-import secrets
 import time
+from collections.abc import Coroutine
 from types import TracebackType
+from typing import Any
 
 import orjson
 from aiohttp import web
 
-from text_generation_router.api.context import CONTEXT_KEY, IGNORED_KEY, Context
+from text_generation_router.api.context import (
+    CLIENT_REQUEST_ID_KEY,
+    CONTEXT_KEY,
+    IGNORED_KEY,
+    REQUEST_ID_KEY,
+    TENANT_KEY,
+    Context,
+)
 from text_generation_router.api.fields import Fields
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
@@ -24,8 +33,16 @@ _MAX_IGNORED_HEADER_CHARACTERS = 512
 class Generation:
     """One prompt being extended."""
 
-    def __init__(self, context: Context, request: ValidRequest, stream: TokenStream, timings: Timings) -> None:
+    def __init__(
+        self,
+        context: Context,
+        request: ValidRequest,
+        options: GenerationOptions,
+        stream: TokenStream,
+        timings: Timings,
+    ) -> None:
         self.request = request
+        self.options = options
         self.stream = stream
         self.timings = timings
         self._metrics = context.metrics
@@ -92,7 +109,8 @@ class GenerationRequest:
     def __init__(self, request: web.Request) -> None:
         self.context = request.app[CONTEXT_KEY]
         self.http = request
-        self.request_id = secrets.token_hex(16)
+        self.request_id = request[REQUEST_ID_KEY]
+        self._tenant = request.get(TENANT_KEY, "")
         self.received_ns = time.monotonic_ns()
         self._num_prompts = 1
         self._has_succeeded = False
@@ -119,9 +137,9 @@ class GenerationRequest:
         else:
             self.context.metrics.client_left(self._num_prompts)
 
-    def note_ignored(self, fields: Fields) -> None:
+    def note_ignored(self, fields: Fields, *others: str) -> None:
         """Tell the client, and the debug log, which of its parameters have no effect."""
-        names = dict.fromkeys(fields.ignored())
+        names = dict.fromkeys([*fields.ignored(), *others])
         if names:
             text = ",".join("".join(c for c in name if " " < c <= "~") for name in names)
             text = text[:_MAX_IGNORED_HEADER_CHARACTERS]
@@ -135,16 +153,22 @@ class GenerationRequest:
         self.context.permits.take(num_prompts)
         self._num_permits = num_prompts
 
-    def submit(self, request: ValidRequest) -> Generation:
-        """Queue one prompt."""
+    async def validate(
+        self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
+    ) -> ValidRequest:
+        """Check and encode one prompt; tenants share no prefix-cache blocks. Raises ValidationError."""
+        return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant.encode())
+
+    def submit(self, request: ValidRequest, options: GenerationOptions) -> Generation:
+        """Queue one prompt, made with these options."""
         self.context.metrics.request_validated(len(request.token_ids), request.max_new_tokens)
         timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
         stream = self.context.engine.submit(request, timings)
-        generation = Generation(self.context, request, stream, timings)
+        generation = Generation(self.context, request, options, stream, timings)
         self._generations.append(generation)
         return generation
 
-    def succeed(self, options: GenerationOptions) -> None:
+    def succeed(self) -> None:
         """Count and log every prompt, once the answers of all are complete."""
         self._has_succeeded = True
         for generation in self._generations:
@@ -152,15 +176,18 @@ class GenerationRequest:
             self.context.metrics.request_succeeded(
                 generation.timings, stream.num_prompt_tokens, stream.num_generated_tokens
             )
-            self._log_success(generation, options)
+            self._log_success(generation)
 
-    def _log_success(self, generation: Generation, options: GenerationOptions) -> None:
+    def _log_success(self, generation: Generation) -> None:
         stream = generation.stream
         logger.info(
-            "Success request_id=%s route=%s input_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
+            "Success request_id=%s client_request_id=%s tenant=%s route=%s "
+            "input_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
             "total_time_ms=%d validation_time_ms=%d queue_time_ms=%d inference_time_ms=%d time_per_token_ms=%d "
             "seed=%s parameters=%s",
             self.request_id,
+            self.http.get(CLIENT_REQUEST_ID_KEY, "-"),
+            self._tenant or "-",
             self.http.path,
             stream.num_prompt_tokens,
             stream.num_cached_tokens,
@@ -168,12 +195,26 @@ class GenerationRequest:
             generation.finish_reason,
             *durations_ms(generation),
             generation.seed,
-            orjson.dumps(options.given()).decode(),
+            orjson.dumps(generation.options.given()).decode(),
         )
 
     def fail(self, error: BaseException) -> None:
         """Remember an error that was sent inside a stream, so that it counts as the request's end."""
         self._error = error
+
+
+async def together(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Run everything at once; the first error ends the rest and is raised."""
+    if len(work) == 1:
+        await work[0]
+        return
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def durations_ms(generation: Generation) -> tuple[int, int, int, int, int]:

@@ -1,13 +1,21 @@
-"""What happens around every handler: CORS, the API key, and the one place where errors become answers."""
+"""What happens around every handler: ids, CORS, the API key, and the one place where errors become answers."""
 
-import hashlib
-import hmac
+import re
+import secrets
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from text_generation_router.api.context import CONTEXT_KEY, IGNORED_KEY, Context
+from text_generation_router.access import ApiKeys
+from text_generation_router.api.context import (
+    CLIENT_REQUEST_ID_KEY,
+    CONTEXT_KEY,
+    IGNORED_KEY,
+    REQUEST_ID_KEY,
+    TENANT_KEY,
+    Context,
+)
 from text_generation_router.api.responses import (
     DRAIN_RETRY_AFTER_S,
     as_router_error,
@@ -17,6 +25,8 @@ from text_generation_router.api.responses import (
 )
 from text_generation_router.errors import ShuttingDown
 
+# Ids that clients send are echoed when they are plain and short; others get ours.
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 ResponseSignal = Callable[[web.Request, web.StreamResponse], Awaitable[None]]
 
 
@@ -32,7 +42,7 @@ async def answer_preflight(request: web.Request, handler: Handler) -> web.Stream
 
 
 def answer_headers(allowed_origins: tuple[str, ...]) -> ResponseSignal:
-    """Headers that every answer carries, streams included: the allowed origin, and the ignored parameters."""
+    """Headers that every answer carries, streams included: its id, the allowed origin, the ignored parameters."""
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         origin = request.headers.get("Origin")
@@ -44,28 +54,36 @@ def answer_headers(allowed_origins: tuple[str, ...]) -> ResponseSignal:
                 response.headers["Access-Control-Allow-Origin"] = origin
         if (ignored := request.get(IGNORED_KEY)) is not None:
             response.headers["x-ignored-parameters"] = ignored
+        request_id = request.get(CLIENT_REQUEST_ID_KEY) or request.get(REQUEST_ID_KEY)
+        if request_id is not None:
+            response.headers["x-request-id"] = request_id
         response.headers.popall("Server", None)  # versions are nobody's business
 
     return add_headers
 
 
-def require_api_key(api_key: str, open_routes: set[web.AbstractRoute]) -> Middleware:
-    """Refuse whatever comes without the key, unknown paths included, except on `open_routes`.
-
-    Digests are compared, in constant time, so neither the key's length nor its content shows in the duration.
-    """
-    expected = hashlib.sha256(api_key.encode()).digest()
+def require_api_key(keys: ApiKeys, open_routes: set[web.AbstractRoute]) -> Middleware:
+    """Refuse whatever comes without a key, unknown paths included, except on `open_routes`."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        has_key = hmac.compare_digest(given, expected) and scheme.lower() == "bearer"
-        if not has_key and request.match_info.route not in open_routes:
+        owner = keys.owner(request.headers.get("Authorization", ""))
+        if owner is None and request.match_info.route not in open_routes:
             return web.Response(status=401)
+        request[TENANT_KEY] = owner or ""
         return await handler(request)
 
     return middleware
+
+
+@web.middleware
+async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id of ours, and note the client's own, which is only ever echoed."""
+    request[REQUEST_ID_KEY] = secrets.token_hex(16)
+    given = request.headers.get("x-request-id", "")
+    if _REQUEST_ID.fullmatch(given):
+        request[CLIENT_REQUEST_ID_KEY] = given
+    return await handler(request)
 
 
 @web.middleware

@@ -12,11 +12,11 @@ from text_generation_router.api.context import Context
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest
+from text_generation_router.api.openai_schema import MAX_MODEL_NAME_CHARACTERS, MAX_USER_CHARACTERS
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.validation import GenerationOptions
 
-MAX_MODEL_NAME_CHARACTERS = 256
 DONE = b"data: [DONE]\n\n"
 _FINISH_REASONS = {
     FinishReason.LENGTH: "length",
@@ -26,16 +26,15 @@ _FINISH_REASONS = {
 
 
 def read_options(
-    body: Fields, is_stream: bool, unsupported: list[str], names: dict[str, str], top_n_tokens: int | None = None
+    body: Fields, is_stream: bool, names: dict[str, str], top_n_tokens: int | None = None
 ) -> GenerationOptions:
     """Read the parameters that both routes know. These routes sample unless the temperature is 0."""
     shared = read_shared_options(body, is_stream)
+    unsupported = body.refused()
     if body.mapping("logit_bias"):
         unsupported.append("logit_bias")
-    for name in ("adapter_id", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if body.value(name) is not None:
-            unsupported.append(name)
-    body.string("user")  # accepted; nothing here depends on it
+    if asks_for_format(body):
+        unsupported.append("response_format")
     max_new_tokens, max_tokens_name = _read_max_tokens(body)
     return replace(
         shared,
@@ -51,18 +50,23 @@ def read_options(
         n=body.integer("n"),
         top_n_tokens=top_n_tokens,
         unsupported=tuple(unsupported),
+        user=read_user(body, "user"),
         names={"max_new_tokens": max_tokens_name, **names},
     )
 
 
 def asks_for_format(body: Fields) -> bool:
     """Whether `response_format` is given and asks for anything but text."""
-    response_format = body.object("response_format")
-    if response_format is None or response_format.required_string("type") == "text":
-        return False
-    for name in ("json_schema", "value", "schema"):
-        response_format.value(name)
-    return True
+    response_format = body.mapping("response_format")
+    return response_format is not None and response_format.get("type") != "text"
+
+
+def read_user(body: Fields, name: str) -> str | None:
+    """A name for the end user, bounded for the log."""
+    user = body.string(name)
+    if user is not None and len(user) > MAX_USER_CHARACTERS:
+        raise body.error(name, f"must have at most {MAX_USER_CHARACTERS} characters")
+    return user
 
 
 def _read_max_tokens(body: Fields) -> tuple[int | None, str]:
@@ -76,7 +80,11 @@ def _read_max_tokens(body: Fields) -> tuple[int | None, str]:
 def read_includes_usage(body: Fields) -> bool:
     """Whether a stream ends with an event of its own for usage."""
     options = body.object("stream_options")
-    return options is not None and options.boolean("include_usage")
+    if options is None:
+        return False
+    for name in options.refused():
+        raise options.error(name, "is not supported by this server")
+    return options.boolean("include_usage")
 
 
 def read_model_name(body: Fields) -> str | None:

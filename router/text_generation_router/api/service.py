@@ -2,9 +2,10 @@
 
 from aiohttp import web
 
-from text_generation_router.api.context import CONTEXT_KEY
+from text_generation_router.api.context import CONTEXT_KEY, DOCUMENT_KEY
+from text_generation_router.api.docs_page import CONTENT_SECURITY_POLICY, html_page
 from text_generation_router.api.responses import json_response
-from text_generation_router.errors import Unhealthy
+from text_generation_router.errors import NotOffered, Unhealthy
 from text_generation_router.exposition import CONTENT_TYPE
 
 
@@ -50,3 +51,19 @@ async def metrics(request: web.Request) -> web.Response:
     """GET /metrics: Prometheus text 0.0.4, whatever format is asked for."""
     text = request.app[CONTEXT_KEY].metrics.text()
     return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def not_offered(request: web.Request) -> web.Response:
+    """POST /v1/responses and /v1/embeddings: refused by name, so that nobody looks for a mistyped path."""
+    raise NotOffered(f"{request.path} is not offered by this server; it has /v1/chat/completions and /v1/completions")
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """GET /api-doc/openapi.json: the document of these routes."""
+    return json_response(request.app[DOCUMENT_KEY])
+
+
+async def docs(request: web.Request) -> web.Response:
+    """GET /docs: the same as a page."""
+    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return web.Response(text=html_page(request.app[DOCUMENT_KEY]), content_type="text/html", headers=headers)

@@ -1,0 +1,134 @@
+"""A chat request: its body, and the prompt that the model's template makes of it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from text_generation_router.api.chat_schema import MAX_TEMPLATE_KWARGS
+from text_generation_router.api.context import Context
+from text_generation_router.api.fields import Fields
+from text_generation_router.api.messages import read_messages
+from text_generation_router.api.openai import read_includes_usage, read_model_name, read_options, read_user
+from text_generation_router.api.tools import ToolChoice, ToolUse, read_tools
+from text_generation_router.chat_output.choose import TOOL_MARKS, forced_parser, tool_parser
+from text_generation_router.chat_output.deltas import Parser, PlainText
+from text_generation_router.chat_output.reasoning import ReasoningParser
+from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation
+from text_generation_router.errors import ToolError
+from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily
+from text_generation_router.validation import GenerationOptions
+
+MAX_SWITCH_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """One request of this route."""
+
+    conversation: Conversation
+    tools: ToolUse
+    model: str | None
+    options: GenerationOptions
+    has_logprobs: bool
+    includes_usage: bool
+
+
+def read_call(body: Fields, family: ModelFamily) -> ChatCall:
+    """Read the types of a body; ranges are the validator's."""
+    tools = read_tools(body)
+    options = read_options(
+        body,
+        body.boolean("stream"),
+        names={"inputs": "messages", "top_n_tokens": "top_logprobs"},
+        top_n_tokens=body.integer("top_logprobs"),
+    )
+    if tools.shown and "response_format" in options.unsupported:
+        raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
+    body.string("prompt_cache_key")
+    return ChatCall(
+        conversation=_read_conversation(body, tools),
+        tools=tools,
+        model=read_model_name(body),
+        options=replace(
+            options,
+            user=options.user or read_user(body, "safety_identifier"),
+            unsupported=(*options.unsupported, *(["tools"] if _is_forced(tools, family) else [])),
+        ),
+        has_logprobs=body.boolean("logprobs"),
+        includes_usage=read_includes_usage(body),
+    )
+
+
+def _is_forced(tools: ToolUse, family: ModelFamily) -> bool:
+    """Whether only a grammar makes the model call tools as asked."""
+    return bool(tools.shown) and (tools.choice is ToolChoice.REQUIRED or family.tool_format is None)
+
+
+def _read_conversation(body: Fields, tools: ToolUse) -> Conversation:
+    documents = body.items("documents") or []
+    if not all(isinstance(document, dict) for document in documents):
+        raise body.error("documents", "must be a list of objects")
+    return Conversation(
+        messages=read_messages(body),
+        tools=tools.shown,
+        documents=documents,
+        switches=_read_switches(body),
+        template=body.string("chat_template"),
+        tool_prompt=body.string("tool_prompt") or DEFAULT_TOOL_PROMPT,
+    )
+
+
+def _read_switches(body: Fields) -> dict[str, Any]:
+    """Variables for the template: plain values alone, so that none can stand for messages or tools."""
+    switches = body.mapping("chat_template_kwargs") or {}
+    if len(switches) > MAX_TEMPLATE_KWARGS:
+        raise body.error("chat_template_kwargs", f"may hold at most {MAX_TEMPLATE_KWARGS} switches")
+    for name, value in switches.items():
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise body.error("chat_template_kwargs", f"must hold true, false, numbers or text, not `{name}`'s value")
+        if isinstance(value, str) and len(value) > MAX_SWITCH_CHARACTERS:
+            raise body.error("chat_template_kwargs", f"text may have at most {MAX_SWITCH_CHARACTERS} characters")
+    effort = body.string("reasoning_effort")
+    return dict(switches) if effort is None else {**switches, "reasoning_effort": effort}
+
+
+async def render_prompt(context: Context, conversation: Conversation) -> str:
+    """The prompt, in which only the template's own text may be encoded as special tokens; raises TemplateError."""
+    plain = context.tokenizer.as_plain_text
+    return await context.chat_template.render(
+        replace(
+            conversation,
+            messages=plain(conversation.messages),
+            tools=plain(conversation.tools),
+            documents=plain(conversation.documents),
+            switches=plain(conversation.switches),
+            tool_prompt=plain(conversation.tool_prompt),
+        )
+    )
+
+
+def shown_special_ids(context: Context, call: ChatCall) -> frozenset[int]:
+    """Special tokens that the parser of the answer has to see."""
+    family = context.chat_template.family
+    marks: tuple[str, ...] = (THINK_START, THINK_END) if family.has_reasoning else ()
+    if call.tools.shown and family.tool_format is not None and not _is_forced(call.tools, family):
+        marks += TOOL_MARKS[family.tool_format]
+    return frozenset(context.tokenizer.special_ids(marks))
+
+
+def answer_parser(family: ModelFamily, call: ChatCall, prompt: str) -> Parser | None:
+    """The parser of the answer to a prompt; None for one that is content alone."""
+    parser: Parser | None = None
+    if _is_forced(call.tools, family):
+        parser = forced_parser()
+    elif call.tools.shown and family.tool_format is not None:
+        parser = tool_parser(family.tool_format, call.tools.names, call.tools.is_parallel)
+    if not family.has_reasoning:
+        return parser
+    begun = call.conversation.continued_text
+    if begun is None:
+        is_begun = prompt.rstrip().endswith(THINK_START)
+    else:
+        is_begun = begun.rfind(THINK_START) > begun.rfind(THINK_END)
+        if not is_begun:
+            return parser  # the answer itself is being continued
+    return ReasoningParser(parser or PlainText(), is_begun)
