@@ -42,6 +42,11 @@ class TokenSpan:
     stop: int = 0
 
 
+# Takes a millisecond or less. A thread would end no sooner than the busy event loop lets it: up to Python's switch
+# interval later, twice.
+MAX_CHARACTERS_AT_ONCE = 1000
+
+
 class Tokenizer:
     """One model's tokenizer; `num_threads` of texts are encoded at once. Raises BrokenTokenizer."""
 
@@ -63,8 +68,10 @@ class Tokenizer:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, special tokens in it included; BOS once where the model wants one.
 
-        Runs in the thread pool; cancelling the caller takes a text that still waits out of it.
+        Runs in the thread pool, short texts at once; cancelling the caller takes a text that still waits out of it.
         """
+        if len(text) <= MAX_CHARACTERS_AT_ONCE:
+            return self.encode_now(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(self.encode_now, text, add_special_tokens))
 

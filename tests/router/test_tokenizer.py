@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from text_generation_router.errors import ValidationError
-from text_generation_router.tokenizer import Tokenizer
+from text_generation_router.tokenizer import MAX_CHARACTERS_AT_ONCE, Tokenizer
 from text_generation_router.tokenizer_files import BrokenTokenizer
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -123,9 +123,10 @@ class BlockedTokenizer(Tokenizer):
 def test_a_cancelled_text_that_still_waits_is_never_encoded(tmp_path):
     tokenizer = BlockedTokenizer(save_tokenizer(tmp_path, has_processor=False), 1)
 
+    texts = [letter * (MAX_CHARACTERS_AT_ONCE + 1) for letter in "abc"]
+
     async def run() -> list[int]:
-        first, second = (asyncio.create_task(tokenizer.encode(text)) for text in ("a", "b"))
-        third = asyncio.create_task(tokenizer.encode("c"))
+        first, second, third = (asyncio.create_task(tokenizer.encode(text)) for text in texts)
         await asyncio.to_thread(tokenizer.has_started.wait, 30)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -134,8 +135,8 @@ def test_a_cancelled_text_that_still_waits_is_never_encoded(tmp_path):
         await third
         return await first
 
-    assert len(asyncio.run(run())) == 1
-    assert tokenizer.started == ["a", "c"]
+    assert asyncio.run(run())
+    assert tokenizer.started == [texts[0], texts[2]]
     tokenizer.close()
 
 
