@@ -140,21 +140,59 @@ def _merge_pieces(
     total = tl.zeros([ROWS, PADDED_DIM], dtype=tl.float32)
     top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     weight = tl.zeros([ROWS], dtype=tl.float32)
-    for piece in range(0, num_pieces):
-        lanes = first_lanes + piece * NUM_HEADS
-        log_weights = tl.load(partial_weight + lanes, mask=is_row, other=-float("inf"), cache_modifier=".cg")
-        parts = tl.load(
-            partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], mask=is_element, other=0.0, cache_modifier=".cg"
+    # Four at a time, all asked for before one is waited for.
+    for start in range(0, num_pieces, 4):
+        weights_0, parts_0 = _load_piece(
+            partial_output,
+            partial_weight,
+            first_lanes,
+            start,
+            num_pieces,
+            is_row,
+            is_element,
+            dims,
+            NUM_HEADS,
+            HEAD_DIM,
         )
-        new_top = tl.maximum(top, log_weights)
+        weights_1, parts_1 = _load_piece(
+            partial_output, partial_weight, first_lanes, start + 1, num_pieces, is_row, is_element, dims, NUM_HEADS,
+            HEAD_DIM,
+        )  # fmt: skip
+        weights_2, parts_2 = _load_piece(
+            partial_output, partial_weight, first_lanes, start + 2, num_pieces, is_row, is_element, dims, NUM_HEADS,
+            HEAD_DIM,
+        )  # fmt: skip
+        weights_3, parts_3 = _load_piece(
+            partial_output, partial_weight, first_lanes, start + 3, num_pieces, is_row, is_element, dims, NUM_HEADS,
+            HEAD_DIM,
+        )  # fmt: skip
+        highest = tl.maximum(tl.maximum(weights_0, weights_1), tl.maximum(weights_2, weights_3))
+        new_top = tl.maximum(top, highest)
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(log_weights - base)
         shrink = tl.exp2(top - base)
-        total = total * shrink[:, None] + parts * weights[:, None]
-        weight = weight * shrink + weights
+        weights_0, weights_1 = tl.exp2(weights_0 - base), tl.exp2(weights_1 - base)
+        weights_2, weights_3 = tl.exp2(weights_2 - base), tl.exp2(weights_3 - base)
+        total = total * shrink[:, None] + parts_0 * weights_0[:, None]
+        total += parts_1 * weights_1[:, None]
+        total += parts_2 * weights_2[:, None]
+        total += parts_3 * weights_3[:, None]
+        weight = weight * shrink + weights_0 + weights_1 + weights_2 + weights_3
         top = new_top
     # Every row sees at least its own key; padded rows are not stored.
     return total / tl.where(weight > 0, weight, 1.0)[:, None]
+
+
+@triton.jit
+def _load_piece(
+    partial_output, partial_weight, first_lanes, piece, num_pieces, is_row, is_element, dims,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """A piece's log2 of weights and its result; one that the unit does not have weighs nothing."""
+    lanes = first_lanes + tl.minimum(piece, num_pieces - 1) * NUM_HEADS
+    weights = tl.load(partial_weight + lanes, mask=is_row, other=-float("inf"), cache_modifier=".cg")
+    places = lanes[:, None] * HEAD_DIM + dims[None, :]
+    parts = tl.load(partial_output + places, mask=is_element, other=0.0, cache_modifier=".cg")
+    return tl.where(piece < num_pieces, weights, -float("inf")), parts
 
 
 @triton.jit
