@@ -7,9 +7,12 @@ In this process alone: the shard's own loop and runner, and plans as the router 
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from text_generation_shard.logs import Timeline, set_up_logging
 from text_generation_shard.profiling.measurement import Case, Extent, Measurement
 from text_generation_shard.profiling.plan_feed import PlanFeed, TimedRunner
 from text_generation_shard.profiling.report import lines_of
-from text_generation_shard.profiling.scripted_router import ScriptedRouter
+from text_generation_shard.profiling.scripted_router import LoadTooLarge, ScriptedRouter
 from text_generation_shard.progress import ProgressFile
 from text_generation_shard.serve import load_runner
 from text_generation_shard.step_loop import StepLoop
@@ -100,8 +103,8 @@ class Profiling:
                 options.json.write_text(json.dumps(self.report, indent=1))
 
 
-def main() -> None:
-    """Load the model, run the loop here and the cases in a thread."""
+def main() -> int:
+    """Load the model, run the loop here and the cases in a thread; the exit code."""
     parser = build_parser()
     options = parser.parse_args()
     try:
@@ -130,9 +133,16 @@ def main() -> None:
         loop.run()
         thread.join()
         progress.close()
-    if profiling.error is not None:
-        raise profiling.error
+    if isinstance(profiling.error, LoadTooLarge | WarmUpError):
+        print(f"profiling: {profiling.error}", file=sys.stderr)
+    elif profiling.error is not None:
+        traceback.print_exception(profiling.error)
+    return 0 if profiling.error is None else 1
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Triton's library ends with a page about what it did not free, after which nobody finds the reason for an end.
+    os._exit(code)
