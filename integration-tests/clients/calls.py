@@ -253,7 +253,7 @@ def sseclient_stream(url: str) -> Any:
 def _streams(events: Callable[[str, dict[str, Any]], Iterator[str]]) -> Any:
     """Text of many bytes in each of its characters, and an error inside a stream."""
     emoji = "Repeat exactly: 👩‍👩‍👧 日本語 é 🏳️‍🌈 👩‍👩‍👧 日本語 é 🏳️‍🌈 👩‍👩‍👧 日本語 é"
-    parameters = {"max_new_tokens": 40, "details": True}
+    parameters = {"max_new_tokens": 24, "details": True}
     tokens = [json.loads(data) for data in events("/generate_stream", {"inputs": emoji, "parameters": parameters})]
     chat = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0, "stream": True}
     *chunks, done = events("/v1/chat/completions", chat)

@@ -10,7 +10,8 @@ from text_generation_launcher.errors import LauncherError, SettingsError
 from text_generation_launcher.processes import Child
 
 # What routers read besides tokenizer_config.json, and what carries a template of its own.
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of them
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", _MORE_TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def tokenizer_folder(model_folder: Path, tokenizer_config: Path, run_folder: Pat
     folder = run_folder / "tokenizer"
     folder.mkdir()
     for entry in model_folder.iterdir():
-        if entry.is_file() and entry.name not in left_out:
+        if (entry.is_file() or entry.name == _MORE_TEMPLATES) and entry.name not in left_out:
             (folder / entry.name).symlink_to(entry.resolve())
     (folder / "tokenizer_config.json").symlink_to(tokenizer_config.resolve())
     return folder

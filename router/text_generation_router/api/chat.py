@@ -47,7 +47,9 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     record.admit()
     context.validator.check_options(call.options)
     prompt = await render_prompt(context, call.conversation)
-    options = replace(call.options, shown_special_ids=shown_special_ids(context, call))
+    options = call.options
+    if shown := shown_special_ids(context, call):
+        options = replace(options, shown_special_ids=shown)
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))

@@ -40,6 +40,8 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         body.boolean("stream"),
         names={"inputs": "messages", "top_n_tokens": "top_logprobs"},
         top_n_tokens=body.integer("top_logprobs"),
+        user=read_user(body, "safety_identifier"),
+        unsupported=("tools",) if _is_forced(tools, family) else (),
     )
     if tools.shown and "response_format" in options.unsupported:
         raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
@@ -48,11 +50,7 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         conversation=_read_conversation(body, tools),
         tools=tools,
         model=read_model_name(body),
-        options=replace(
-            options,
-            user=options.user or read_user(body, "safety_identifier"),
-            unsupported=(*options.unsupported, *(["tools"] if _is_forced(tools, family) else [])),
-        ),
+        options=options,
         has_logprobs=body.boolean("logprobs"),
         includes_usage=read_includes_usage(body),
     )
@@ -112,7 +110,7 @@ def shown_special_ids(context: Context, call: ChatCall) -> frozenset[int]:
     marks: tuple[str, ...] = (THINK_START, THINK_END) if family.has_reasoning else ()
     if call.tools.shown and family.tool_format is not None and not _is_forced(call.tools, family):
         marks += TOOL_MARKS[family.tool_format]
-    return frozenset(context.tokenizer.special_ids(marks))
+    return frozenset(context.tokenizer.special_ids(marks)) if marks else frozenset()
 
 
 def answer_parser(family: ModelFamily, call: ChatCall, prompt: str) -> Parser | None:

@@ -135,10 +135,11 @@ class Fields:
 
     def refused(self) -> list[str]:
         """Names of the fields that are known, not honoured, and given."""
+        parameters = self._parameters
         return [
             name
-            for name, parameter in self._parameters.items()
-            if parameter.kind is Kind.REFUSED and not parameter.is_neutral(self._values.get(name))
+            for name, value in self._values.items()
+            if name in parameters and parameters[name].kind is Kind.REFUSED and not parameters[name].is_neutral(value)
         ]
 
     def ignored(self) -> list[str]:

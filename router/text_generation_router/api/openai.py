@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,19 @@ _FINISH_REASONS = {
 
 
 def read_options(
-    body: Fields, is_stream: bool, names: dict[str, str], top_n_tokens: int | None = None
+    body: Fields,
+    is_stream: bool,
+    names: dict[str, str],
+    top_n_tokens: int | None = None,
+    user: str | None = None,
+    unsupported: Sequence[str] = (),
 ) -> GenerationOptions:
-    """Read the parameters that both routes know. These routes sample unless the temperature is 0."""
+    """Read the parameters that both routes know. These routes sample unless the temperature is 0.
+
+    `user` is another name for the end user; `unsupported` are names of what else is not honoured.
+    """
     shared = read_shared_options(body, is_stream)
-    unsupported = body.refused()
+    unsupported = [*body.refused(), *unsupported]
     if body.mapping("logit_bias"):
         unsupported.append("logit_bias")
     if asks_for_format(body):
@@ -50,7 +58,7 @@ def read_options(
         n=body.integer("n"),
         top_n_tokens=top_n_tokens,
         unsupported=tuple(unsupported),
-        user=read_user(body, "user"),
+        user=read_user(body, "user") or user,
         names={"max_new_tokens": max_tokens_name, **names},
     )
 
