@@ -2,29 +2,35 @@
 
 import itertools
 import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import triton
 from text_generation_kernels import (
     attention_kernels,
     gated_activation,
+    launch_settings,
     rms_norm,
     rotary_kv_write,
     sampling_kernels,
     sampling_search,
     skinny_matmul,
+    token_exchange,
+)
+from text_generation_kernels.benchmarks.occupancy import (
+    MULTIPROCESSORS,
+    Usage,
+    cuobjdump,
+    programs_per_multiprocessor,
+    usage_of,
 )
 from text_generation_kernels.launch_settings import Settings, settings_of_class
 from text_generation_kernels.skinny_matmul import settings_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Compute capability -> shared memory a program may have, in bytes.
-SHARED_LIMITS = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-GPU_CLASSES = {80: "a100", 89: "ada", 90: "h100"}
+# Class of GPUs in the launch table -> its compute capability.
+CAPABILITIES = {"a100": 80, "ada": 89, "h100": 90, "h200": 90}
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,22 @@ class CompiledKernel:
     is_slow: bool = False  # left to the slow tests on every GPU
     is_early: bool = True  # on Hopper: started while the kernel ahead ends, if it can be at all
 
-    def options_and_constants(self, capability: int) -> tuple[dict[str, object], dict[str, object]]:
+    @property
+    def full_name(self) -> str:
+        """The kernel's, and which of its rows this is."""
+        return f"{self.kernel.__name__} {self.name}".rstrip()
+
+    def entry(self, gpu_class: str) -> Settings:
+        """Of the table, for a class of GPUs."""
+        return (
+            settings_of_class(self.settings[0], gpu_class, self.settings[1])
+            if isinstance(self.settings, tuple)
+            else self.settings
+        )
+
+    def options_and_constants(self, gpu_class: str) -> tuple[dict[str, object], dict[str, object]]:
         """The table's entry, parted into options of the compiler and constants of the kernel."""
-        entry = self.settings
-        if isinstance(entry, tuple):
-            entry = settings_of_class(entry[0], GPU_CLASSES[capability], entry[1])
+        entry, capability = self.entry(gpu_class), CAPABILITIES[gpu_class]
         names = self.kernel.arg_names
         constants = {name: value for name, value in entry.items() if name in names}
         options = {name: value for name, value in entry.items() if name.islower()}
@@ -69,12 +86,33 @@ def row_cases(data: str) -> list[CompiledKernel]:
     return [
         CompiledKernel(rms_norm.rms_norm_kernel, ("rms_norm", ""), norm, {"HIDDEN": 4096, "BLOCK": 4096}),
         CompiledKernel(
+            rms_norm.rms_norm_kernel, ("rms_norm", "few_rows"), norm, {"HIDDEN": 4096, "BLOCK": 4096}, name="few rows",
+            has_wide_loads=False,
+        ),
+        CompiledKernel(
             gated_activation.gated_activation_kernel, ("gated_activation", ""), gate,
             {"WIDTH": 14336, "ACTIVATION": "silu"}, unaligned=("num_blocks",),
         ),
         CompiledKernel(rotary_kernel, rotary_settings, rotary, sizes | no_norms),
         CompiledKernel(
             rotary_kernel, rotary_settings, rotary | dict.fromkeys(no_norms, data), sizes, name="head norms",
+        ),
+    ]  # fmt: skip
+
+
+def token_cases(data: str) -> list[CompiledKernel]:
+    """The kernels that keep tokens on the device; they move a few bytes for each row."""
+    settings, sizes = {"num_warps": 4, "enable_fp_fusion": True}, {"BLOCK": 256}
+    read = {"input_ids": "*i32", "last_tokens": "*i64", "token_ids": "*i64", "num_tokens": "i32"}
+    publish = {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i1", "rows": "*i32", "last_tokens": "*i64"}
+    publish |= {"output": "*i32", "output_stride": "i32", "num_samples": "i32"}
+    kernels = token_exchange
+    return [
+        CompiledKernel(
+            kernels.read_tokens_kernel, settings, read, sizes, unaligned=("num_tokens",), has_wide_loads=False
+        ),
+        CompiledKernel(
+            kernels.publish_tokens_kernel, settings, publish, sizes, unaligned=("num_samples",), has_wide_loads=False
         ),
     ]  # fmt: skip
 
@@ -170,24 +208,34 @@ def attention_cases(data: str) -> list[CompiledKernel]:
     return cases
 
 
-TABLES = [row_cases, skinny_cases, sampling_cases, attention_cases]
+TABLES = [row_cases, token_cases, skinny_cases, sampling_cases, attention_cases]
+
+
+def cases_of(kind: str) -> list[tuple[CompiledKernel, str]]:
+    """Every kernel for every class of GPUs, for one type of data; classes of one capability differ by their entries."""
+    found, seen = [], []
+    for case in [case for table in TABLES for case in table(f"*{kind}")]:
+        for gpu_class, capability in CAPABILITIES.items():
+            key = case.full_name, case.entry(gpu_class), capability
+            if key not in seen:
+                seen.append(key)
+                found.append((case, gpu_class))
+    return found
 
 
 def all_cases() -> list[object]:
     """Every kernel in bfloat16 for Hopper in the default tests; other types, sizes and GPUs are slow tests."""
     cases = []
     for kind in ("bf16", "fp16", "fp32"):
-        for case in [case for table in TABLES for case in table(f"*{kind}")]:
-            for capability in GPU_CLASSES:
-                marks = () if kind == "bf16" and capability == 90 and not case.is_slow else pytest.mark.slow
-                name = f"{case.kernel.__name__}{case.name and ' '}{case.name}-{kind}-sm{capability}"
-                cases.append(pytest.param(case, kind, capability, marks=marks, id=name))
+        for case, gpu_class in cases_of(kind):
+            marks = () if kind == "bf16" and gpu_class == "h100" and not case.is_slow else pytest.mark.slow
+            cases.append(pytest.param(case, kind, gpu_class, marks=marks, id=f"{case.full_name}-{kind}-{gpu_class}"))
     return cases
 
 
-def compile_case(case: CompiledKernel, capability: int):
+def compile_case(case: CompiledKernel, gpu_class: str):
     names = case.kernel.arg_names
-    options, constants = case.options_and_constants(capability)
+    options, constants = case.options_and_constants(gpu_class)
     assert set(names) == set(case.types) | set(constants), case.kernel.__name__
     signature = {name: case.types.get(name, "constexpr") for name in names}
     aligned = [
@@ -197,26 +245,57 @@ def compile_case(case: CompiledKernel, capability: int):
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[gpu_class], 32), options=options)
 
 
-def machine_code(cubin: bytes, folder: Path) -> str:
-    """The disassembly."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize(("case", "kind", "capability"), all_cases())
-def test_machine_code(case, kind, capability, tmp_path):
-    compiled = compile_case(case, capability)
-    assert compiled.metadata.shared <= SHARED_LIMITS[capability]
-    code = machine_code(compiled.asm["cubin"], tmp_path)
+@pytest.mark.parametrize(("case", "kind", "gpu_class"), all_cases())
+def test_machine_code(case, kind, gpu_class):
+    compiled, capability = compile_case(case, gpu_class), CAPABILITIES[gpu_class]
+    usage, limits = usage_of(compiled), MULTIPROCESSORS[capability]
+    assert usage.shared_bytes <= limits.shared_bytes_per_program
+    # Attention gives each multiprocessor as many programs as the table says: they must all run at once.
+    assert programs_per_multiprocessor(usage, limits) >= case.entry(gpu_class).get("CTAS_PER_SM", 1)
+    code = cuobjdump("--dump-sass", compiled.asm["cubin"])
     if kind != "fp32":
+        assert usage.num_spilled_bytes == 0
         assert not re.search(r"\b(STL|LDL)\b", code), "registers spilled to local memory"
     if case.has_wide_loads:
         assert re.search(r"\b(LDG|LDGSTS)\.E[\w.]*\.128\b", code), "no 16-byte loads"
     assert "tf32" not in compiled.asm["ptx"], "float32 products are IEEE"
     if case.has_wgmma and capability == 90 and kind != "fp32":
         assert "HGMMA" in code
+
+
+def test_every_entry_of_the_launch_table_is_compiled(monkeypatch):
+    used = set()
+
+    class Noted(dict):
+        def __getitem__(self, key):
+            used.add(key)
+            return super().__getitem__(key)
+
+    monkeypatch.setattr(launch_settings, "SETTINGS", Noted(launch_settings.SETTINGS))
+    for kind in ("bf16", "fp32"):
+        for case, gpu_class in itertools.product(
+            [case for table in TABLES for case in table(f"*{kind}")], CAPABILITIES
+        ):
+            case.entry(gpu_class)
+    assert used == set(launch_settings.SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("usage", "capability", "programs"),
+    [
+        # The examples of NVIDIA's occupancy calculator: by registers, by shared memory, by warps, by programs.
+        (Usage(128, 0, 0, 8), 80, 2),
+        (Usage(255, 0, 0, 4), 80, 2),
+        (Usage(32, 0, 0, 8), 89, 6),
+        (Usage(32, 0, 48 * 1024, 4), 80, 3),
+        (Usage(32, 0, 99 * 1024, 4), 89, 1),
+        (Usage(32, 0, 100 * 1024, 4), 89, 0),
+        (Usage(16, 0, 0, 1), 90, 32),
+        (Usage(33, 0, 0, 32), 90, 1),
+    ],
+)
+def test_occupancy(usage, capability, programs):
+    assert programs_per_multiprocessor(usage, MULTIPROCESSORS[capability]) == programs
