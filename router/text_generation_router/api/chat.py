@@ -8,6 +8,7 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.chat_request import (
     ChatCall,
+    answer_grammar,
     answer_parser,
     read_call,
     render_prompt,
@@ -47,7 +48,11 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     record.admit()
     context.validator.check_options(call.options)
     prompt = await render_prompt(context, call.conversation)
-    options = replace(call.options, shown_special_ids=shown_special_ids(context, call))
+    options = replace(
+        call.options,
+        shown_special_ids=shown_special_ids(context, call),
+        grammar=answer_grammar(context, call, prompt),
+    )
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))
