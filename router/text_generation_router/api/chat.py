@@ -8,6 +8,7 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.chat_request import (
     ChatCall,
+    answer_grammar,
     answer_parser,
     read_call,
     render_prompt,
@@ -48,8 +49,9 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     context.validator.check_options(call.options)
     prompt = await render_prompt(context, call.conversation)
     options = call.options
-    if shown := shown_special_ids(context, call):
-        options = replace(options, shown_special_ids=shown)
+    shown, grammar = shown_special_ids(context, call), answer_grammar(context, call, prompt)
+    if shown or grammar is not options.grammar:
+        options = replace(options, shown_special_ids=shown, grammar=grammar)
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))
