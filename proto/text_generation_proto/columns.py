@@ -1,4 +1,4 @@
-"""Arrays <-> the `bytes` columns of shard.proto: little-endian int32 and float32."""
+"""Arrays <-> the `bytes` columns of shard.proto: little-endian int32 and float32, and strings of bytes."""
 
 from collections.abc import Sequence
 
@@ -30,3 +30,17 @@ def pack_float32(values: Sequence[float] | Float32Array) -> bytes:
 def unpack_float32(column: bytes) -> Float32Array:
     """Unpack a float32 column; a read-only view of the message's memory."""
     return np.frombuffer(column, dtype=_FLOAT32)
+
+
+def pack_strings(values: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Pack strings of bytes into a column of their lengths and one of all of them, concatenated."""
+    return pack_int32([len(value) for value in values]), b"".join(values)
+
+
+def unpack_strings(lengths: bytes, joined: bytes) -> list[bytes]:
+    """The strings of two such columns; raises ValueError for columns that do not fit each other."""
+    sizes = unpack_int32(lengths)
+    ends = sizes.cumsum(dtype=np.int64).tolist()
+    if (len(sizes) and int(sizes.min()) < 0) or (ends[-1] if ends else 0) != len(joined):
+        raise ValueError(f"the lengths of strings do not add up to {len(joined)} bytes")
+    return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -46,6 +46,32 @@ class WarmupReply(_message.Message):
     num_blocks: int
     def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
 
+class VocabularyRequest(_message.Message):
+    __slots__ = ("token_lengths", "token_bytes", "eos_token_ids")
+    TOKEN_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_lengths: bytes
+    token_bytes: bytes
+    eos_token_ids: bytes
+    def __init__(self, token_lengths: _Optional[bytes] = ..., token_bytes: _Optional[bytes] = ..., eos_token_ids: _Optional[bytes] = ...) -> None: ...
+
+class VocabularyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GrammarRequest(_message.Message):
+    __slots__ = ("grammar",)
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    grammar: str
+    def __init__(self, grammar: _Optional[str] = ...) -> None: ...
+
+class GrammarReply(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    def __init__(self, error: _Optional[str] = ...) -> None: ...
+
 class HealthRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -67,20 +93,22 @@ class SamplingParameters(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class NewSequence(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling")
+    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling", "grammar")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     token_ids: bytes
     num_prompt_tokens: int
     num_computed_tokens: int
     block_ids: bytes
     sampling: SamplingParameters
-    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ...) -> None: ...
+    grammar: str
+    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step", "removed_sequence_ids", "new_sequences", "grown_sequence_ids", "grown_num_blocks", "grown_block_ids", "prefill_sequence_ids", "prefill_num_tokens")
@@ -103,7 +131,7 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns", "idle_ns")
+    __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns", "idle_ns", "mask_ns")
     STEP_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +142,7 @@ class StepResult(_message.Message):
     SAMPLE_NS_FIELD_NUMBER: _ClassVar[int]
     STEP_NS_FIELD_NUMBER: _ClassVar[int]
     IDLE_NS_FIELD_NUMBER: _ClassVar[int]
+    MASK_NS_FIELD_NUMBER: _ClassVar[int]
     step: int
     sequence_ids: bytes
     token_ids: bytes
@@ -124,4 +153,5 @@ class StepResult(_message.Message):
     sample_ns: int
     step_ns: int
     idle_ns: int
-    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ...) -> None: ...
+    mask_ns: int
+    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., mask_ns: _Optional[int] = ...) -> None: ...

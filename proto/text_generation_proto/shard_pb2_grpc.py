@@ -44,6 +44,16 @@ class ShardStub:
                 request_serializer=text__generation__proto_dot_shard__pb2.WarmupRequest.SerializeToString,
                 response_deserializer=text__generation__proto_dot_shard__pb2.WarmupReply.FromString,
                 _registered_method=True)
+        self.Vocabulary = channel.unary_unary(
+                '/text_generation.shard.v1.Shard/Vocabulary',
+                request_serializer=text__generation__proto_dot_shard__pb2.VocabularyRequest.SerializeToString,
+                response_deserializer=text__generation__proto_dot_shard__pb2.VocabularyReply.FromString,
+                _registered_method=True)
+        self.Grammar = channel.unary_unary(
+                '/text_generation.shard.v1.Shard/Grammar',
+                request_serializer=text__generation__proto_dot_shard__pb2.GrammarRequest.SerializeToString,
+                response_deserializer=text__generation__proto_dot_shard__pb2.GrammarReply.FromString,
+                _registered_method=True)
         self.Health = channel.unary_unary(
                 '/text_generation.shard.v1.Shard/Health',
                 request_serializer=text__generation__proto_dot_shard__pb2.HealthRequest.SerializeToString,
@@ -68,6 +78,20 @@ class ShardServicer:
 
     def Warmup(self, request, context):
         """Runs the worst case the limits allow, then allocates the KV memory. Called once, on every rank at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Vocabulary(self, request, context):
+        """Tells rank 0 what the tokens are, before the first Grammar. Other ranks need not know.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Grammar(self, request, context):
+        """Gets rank 0 ready for a grammar, before any sequence that has it is sent: then no step waits for that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +124,16 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Warmup,
                     request_deserializer=text__generation__proto_dot_shard__pb2.WarmupRequest.FromString,
                     response_serializer=text__generation__proto_dot_shard__pb2.WarmupReply.SerializeToString,
+            ),
+            'Vocabulary': grpc.unary_unary_rpc_method_handler(
+                    servicer.Vocabulary,
+                    request_deserializer=text__generation__proto_dot_shard__pb2.VocabularyRequest.FromString,
+                    response_serializer=text__generation__proto_dot_shard__pb2.VocabularyReply.SerializeToString,
+            ),
+            'Grammar': grpc.unary_unary_rpc_method_handler(
+                    servicer.Grammar,
+                    request_deserializer=text__generation__proto_dot_shard__pb2.GrammarRequest.FromString,
+                    response_serializer=text__generation__proto_dot_shard__pb2.GrammarReply.SerializeToString,
             ),
             'Health': grpc.unary_unary_rpc_method_handler(
                     servicer.Health,
@@ -166,6 +200,60 @@ class Shard:
             '/text_generation.shard.v1.Shard/Warmup',
             text__generation__proto_dot_shard__pb2.WarmupRequest.SerializeToString,
             text__generation__proto_dot_shard__pb2.WarmupReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Vocabulary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/text_generation.shard.v1.Shard/Vocabulary',
+            text__generation__proto_dot_shard__pb2.VocabularyRequest.SerializeToString,
+            text__generation__proto_dot_shard__pb2.VocabularyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Grammar(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/text_generation.shard.v1.Shard/Grammar',
+            text__generation__proto_dot_shard__pb2.GrammarRequest.SerializeToString,
+            text__generation__proto_dot_shard__pb2.GrammarReply.FromString,
             options,
             channel_credentials,
             insecure,

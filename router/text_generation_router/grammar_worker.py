@@ -1,0 +1,100 @@
+"""The process that checks and tries grammars for the router, who may kill it at any moment.
+
+Frames go over standard input and output: their length as four bytes, then their content. First come the tokens, as
+three frames (two columns of byte strings, one of EOS ids), answered by an empty frame once they are loaded. Each
+further frame is a grammar's kind, a line feed and its text, answered by GOOD and its canonical text or BAD and the
+reason why it is refused.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from text_generation_proto.columns import unpack_int32, unpack_strings
+from text_generation_proto.matcher import InvalidGrammar, TokenTable, check
+
+from text_generation_router.grammar import Grammar, GrammarKind
+from text_generation_router.grammar_text import canonical_text
+from text_generation_router.schema_checks import RefusedGrammar
+
+GOOD, BAD = b"+", b"-"
+LENGTH_BYTES = 4
+# Address space that a grammar may take beside what the process has with its tokens loaded. Large schemas take 50 MB.
+MAX_GRAMMAR_MEMORY_BYTES = 192 << 20
+# Other processes' work is more urgent than a grammar that has not been accepted yet.
+NICENESS = 10
+# Tokens that a trial writes: what is too complex shows at the first of them.
+NUM_TRIAL_TOKENS = 16
+MAX_REASON_CHARACTERS = 300
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next frame; None at the end of the stream."""
+    header = stream.read(LENGTH_BYTES)
+    return stream.read(int.from_bytes(header)) if len(header) == LENGTH_BYTES else None
+
+
+def frame(content: bytes) -> bytes:
+    """A frame with this content."""
+    return len(content).to_bytes(LENGTH_BYTES) + content
+
+
+def answer(tokens: TokenTable, request: bytes) -> bytes:
+    """Canonical text or refusal, for one request."""
+    kind, _, text = request.decode().partition("\n")
+    try:
+        canonical = canonical_text(Grammar(GrammarKind(kind), text))
+        try_out(tokens, canonical)
+    except (RefusedGrammar, InvalidGrammar) as error:
+        return BAD + str(error)[:MAX_REASON_CHARACTERS].encode()
+    except MemoryError:
+        return BAD + b"needs too much memory"
+    return GOOD + canonical.encode()
+
+
+def try_out(tokens: TokenTable, text: str) -> None:
+    """Compile a grammar and write a few tokens with it; raises InvalidGrammar."""
+    matcher = tokens.compile(text)
+    for _ in range(NUM_TRIAL_TOKENS):
+        mask = matcher.compute_bitmask()
+        check(matcher)
+        if matcher.is_stopped():
+            return
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
+        matcher.consume_token(int(allowed[len(allowed) // 2]))
+        check(matcher)
+
+
+def _limit_memory() -> None:
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = num_pages * resource.getpagesize() + MAX_GRAMMAR_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a grammar that needs more ends the process
+
+
+def main() -> None:
+    """Answer requests until the router closes the pipe."""
+    # The pipe's end cannot be seen while a grammar compiles, so the kernel ends this process with its parent.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICENESS)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    lengths, joined, eos_token_ids = (read_frame(requests) or b"" for _ in range(3))
+    tokens = TokenTable(unpack_strings(lengths, joined), unpack_int32(eos_token_ids).tolist())
+    _limit_memory()
+    answers.write(frame(b""))
+    answers.flush()
+    while (request := read_frame(requests)) is not None:
+        answers.write(frame(answer(tokens, request)))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
