@@ -3,6 +3,7 @@
 Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size, V vocabulary.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -327,3 +328,16 @@ def _keep_top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> None:
     is_tie = candidates == least
     is_kept = (candidates > least) | (is_tie & (is_tie.cumsum(dim=-1) <= num_ties))
     probabilities[rows] = candidates.masked_fill(~is_kept, 0)
+
+
+def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tensor) -> None:
+    """Set the logits of tokens whose bit is 0 to -inf, in rows that have a mask."""
+    # [B, V], [M, ceil(V / 32)] int32, [B] int32; -1: no mask
+    rows = (mask_rows >= 0).nonzero().squeeze(1)
+    words = masks[mask_rows[rows].long()].cpu().numpy().view(np.uint8)
+    bits = np.unpackbits(words, axis=1, count=logits.shape[1], bitorder="little")
+    excluded = torch.from_numpy(bits == 0).to(logits.device)
+    if len(rows) == len(logits):
+        logits.masked_fill_(excluded, float("-inf"))
+    else:
+        logits[rows] = logits[rows].masked_fill_(excluded, float("-inf"))

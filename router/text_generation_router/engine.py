@@ -91,6 +91,13 @@ class Engine:
         self._wakeup.set()
         return stream
 
+    async def prepare_grammar(self, text: str) -> str:
+        """Get the shard ready for a grammar; answers "", or why no request can have it. Raises Unhealthy."""
+        try:
+            return await self._shards.prepare_grammar(text)
+        except ShardFailure as failure:
+            raise Unhealthy from failure
+
     def cancel(self, stream: TokenStream) -> None:
         """End a request whose client is gone; does nothing when it has ended already."""
         output = self._outputs.pop(stream.sequence_id, None)
@@ -279,6 +286,8 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     scheduler = Scheduler(SchedulerLimits(max_step_tokens, max_num_sequences), blocks, tokenizer.eos_token_ids)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
     metrics.set_capacity(num_blocks * info.block_size)
+    if tokenizer.has_grammars and not config.disable_grammar_support:
+        await shards.load_vocabulary(tokenizer.vocabulary.token_bytes, sorted(tokenizer.eos_token_ids))
     progress = ShardProgress(config.run_folder, config.world_size)
     engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits)
     engine.start()

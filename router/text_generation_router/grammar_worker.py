@@ -84,11 +84,11 @@ def main() -> None:
     # The pipe's end cannot be seen while a grammar compiles, so the kernel ends this process with its parent.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICENESS)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     lengths, joined, eos_token_ids = (read_frame(requests) or b"" for _ in range(3))
     tokens = TokenTable(unpack_strings(lengths, joined), unpack_int32(eos_token_ids).tolist())
     _limit_memory()
+    os.nice(NICENESS)
     answers.write(frame(b""))
     answers.flush()
     while (request := read_frame(requests)) is not None:

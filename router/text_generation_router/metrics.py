@@ -95,15 +95,20 @@ class Metrics:
         self._step_count[method].add()
 
     def step_ended(
-        self, method: str, *, inference_s: float, forward_s: float, decode_s: float, filter_s: float
+        self, method: str, *, inference_s: float, forward_s: float, decode_s: float, filter_s: float, mask_s: float
     ) -> None:
-        """A step ended well: its whole duration, the shard's forward pass, text and stop checks, sending."""
+        """A step ended well: its whole duration, the shard's forward pass, text and stop checks, sending.
+
+        `mask_s` is the work on grammars' masks beside the forward pass, 0 where no sequence has a grammar.
+        """
         self._step_success[method].add()
         self._step_inference[method].observe(inference_s)
         self._step_forward[method].observe(forward_s)
         self._step_decode[method].observe(decode_s)
         self._step_filter[method].observe(filter_s)
         self._skipped_tokens.observe(0)
+        if mask_s:
+            self._mask_duration.observe(mask_s)
 
     def step_failed(self, method: str) -> None:
         """A step ended with an error."""
@@ -208,6 +213,9 @@ class Metrics:
         self._step_failure = self._counters("tgi_batch_inference_failure", "Steps that failed", "method", METHODS)
         self._step_inference = self._durations("tgi_batch_inference_duration", "Whole steps, seconds")
         self._step_forward = self._durations("tgi_batch_forward_duration", "Forward passes, seconds")
+        self._mask_duration = self._duration(
+            "tgi_batch_mask_duration", "Work on grammars' masks beside one forward pass, seconds"
+        )
         self._step_decode = self._durations("tgi_batch_decode_duration", "Tokens to text and stop checks, seconds")
         self._step_filter = self._durations("tgi_batch_filter_duration", "Sending and finishing, seconds")
         self._concat = self._counters(

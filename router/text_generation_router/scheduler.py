@@ -266,6 +266,7 @@ class Scheduler:
                 num_hit_tokens,
                 sequence.block_table.copy(),
                 sequence.request.sampling,
+                sequence.request.grammar,
             )
         )
         self._to_be_computed.update(sequence.block_hashes[len(hits) :])

@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from text_generation_proto import shard_pb2 as pb
 from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address
-from text_generation_proto.columns import pack_int32, unpack_float32, unpack_int32
+from text_generation_proto.columns import pack_int32, pack_strings, unpack_float32, unpack_int32
 from text_generation_proto.shard_pb2_grpc import ShardStub
 
 from text_generation_router.step import NewSequence, StepPlan, StepResult
@@ -61,6 +61,7 @@ def _pack_sequence(sequence: NewSequence) -> pb.NewSequence:
         sampling=pb.SamplingParameters(
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed
         ),
+        grammar=sequence.grammar,
     )
 
 
@@ -77,6 +78,7 @@ def unpack_result(message: pb.StepResult) -> StepResult:
         sample_ns=message.sample_ns,
         step_ns=message.step_ns,
         idle_ns=message.idle_ns,
+        mask_ns=message.mask_ns,
     )
 
 
@@ -131,6 +133,19 @@ class ShardClient:
         replies = await self._ask_all([stub.Warmup(request) for stub in self._stubs])
         assert len({reply.num_blocks for reply in replies}) == 1, "ranks disagree on the number of blocks"
         return int(replies[0].num_blocks)
+
+    async def load_vocabulary(self, token_bytes: Sequence[bytes], eos_token_ids: Sequence[int]) -> None:
+        """Tell rank 0, which samples, what the tokens are; raises ShardFailure."""
+        lengths, joined = pack_strings(token_bytes)
+        request = pb.VocabularyRequest(
+            token_lengths=lengths, token_bytes=joined, eos_token_ids=pack_int32(eos_token_ids)
+        )
+        await self._ask_all([self._stubs[0].Vocabulary(request)])
+
+    async def prepare_grammar(self, text: str) -> str:
+        """Get rank 0 ready for a grammar; answers "", or why no sequence can follow it. Raises ShardFailure."""
+        [reply] = await self._ask_all([self._stubs[0].Grammar(pb.GrammarRequest(grammar=text))])
+        return str(reply.error)
 
     @staticmethod
     async def _ask_all(calls: list[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ class NewSequence:
     num_computed_tokens: int
     block_ids: list[int]
     sampling: SamplingParameters
+    grammar: str = ""
 
 
 @dataclass(slots=True)
@@ -62,3 +63,4 @@ class StepResult:
     sample_ns: int = 0
     step_ns: int = 0
     idle_ns: int = 0  # how long the device had nothing to do before the step
+    mask_ns: int = 0

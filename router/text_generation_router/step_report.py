@@ -58,6 +58,7 @@ class StepReport:
                 forward_s=result.forward_ns / 1e9,
                 decode_s=(texts_done_ns - texts_started_ns) / 1e9,
                 filter_s=(now_ns - texts_done_ns) / 1e9,
+                mask_s=result.mask_ns / 1e9,
             )
         self._last_result_ns = result_ns
 

@@ -143,6 +143,11 @@ class Tokenizer:
             return encoding, [bos], 0
         return encoding, [], int(uses_processor and ids[:2] == [bos, bos])
 
+    @property
+    def has_grammars(self) -> bool:
+        """Whether a grammar can be followed: every token stands for known bytes, and one ends a text."""
+        return self.vocabulary.is_bytewise and bool(self.eos_token_ids)
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of visible text."""
         return self.vocabulary.is_special(token_id)

@@ -24,6 +24,7 @@ class ValidRequest:
     # TGI's routes keep the stop string that ended a text, OpenAI's cut it off.
     keep_stop_string: bool = True
     ignore_eos: bool = False
+    grammar: str = ""  # canonical text that the generated tokens must follow; "": none
     # Requests share prefix-cache blocks only with requests of the same salt.
     cache_salt: bytes = b""
     # Special tokens whose own text is part of the text, for whoever parses it.

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from text_generation_kernels.paged_attention import AttentionBatch
+from text_generation_kernels.token_masks import mask_tokens, num_words
 from text_generation_proto.columns import Int32Array
 
 from text_generation_shard.execution import CausalModel, StepOutput
 from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.sampler import sample_tokens
@@ -21,6 +23,9 @@ class FinishedStep:
     """A step that ended before it could be waited for."""
 
     output: StepOutput
+
+    def choose_tokens(self) -> None:
+        """Nothing: they are chosen."""
 
     def is_done(self) -> bool:
         """True."""
@@ -68,11 +73,13 @@ class CpuExecution:
         """Steps write to and read from these caches."""
         self._kv_caches = kv_caches
 
-    def launch(self, inputs: StepInputs, batch: InputBatch) -> FinishedStep:
-        """Run a step."""
+    def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> FinishedStep:
+        """Run a step; the step before it has ended, so its masks are there or being made."""
         started = time.perf_counter_ns()
         logits = self._forward(inputs, batch.tables(inputs), self._kv_caches)
         forward_ended = time.perf_counter_ns()
+        if masks is not None and logits is not None:
+            _apply(masks, logits)
         tokens = sample_tokens(logits, batch, inputs)
         ended = time.perf_counter_ns()
         idle_ns = started - self._last_end_ns if self._last_end_ns else 0
@@ -95,6 +102,12 @@ class CpuExecution:
         if inputs.num_samples < inputs.num_tokens:
             hidden = hidden[torch.from_numpy(inputs.sampling_indices)]
         return self._model.compute_logits(hidden)
+
+
+def _apply(masks: StepMasks, logits: torch.Tensor) -> None:
+    host_masks = np.empty((len(masks), num_words(logits.shape[1])), np.int32)
+    masks.wait(host_masks)
+    mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows))
 
 
 def _batch_hardest_to_sample(limits: BatchLimits) -> InputBatch:

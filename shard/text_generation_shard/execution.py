@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from text_generation_proto.columns import Float32Array
 
+from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array, StepInputs
@@ -38,6 +39,10 @@ class StepOutput:
 class RunningStep(Protocol):
     """A step that the device has been given."""
 
+    def choose_tokens(self) -> None:
+        """Launch what needs the step's masks, once the tokens of the steps before it are known; then without effect."""
+        ...
+
     def is_done(self) -> bool:
         """Whether `wait` would return at once."""
         ...
@@ -66,6 +71,6 @@ class Execution(Protocol):
         """Get ready for steps within the limits on these caches; called once."""
         ...
 
-    def launch(self, inputs: StepInputs, batch: InputBatch) -> RunningStep:
-        """Give the device a step."""
+    def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> RunningStep:
+        """Give the device a step; one with masks is complete only after `choose_tokens`."""
         ...

@@ -6,7 +6,7 @@ copies the tokens back. Nothing waits for the host in between.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -26,10 +26,12 @@ from text_generation_kernels.token_exchange import (
     read_tokens,
     token_of_row,
 )
+from text_generation_kernels.token_masks import NO_MASK, mask_tokens, num_words
 
 from text_generation_shard.cuda_graphs import Recorder, Recordings
 from text_generation_shard.execution import CausalModel, StepOutput
 from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.step_buffers import NUM_HOST_BUFFERS, Array, StepBuffers
@@ -87,6 +89,7 @@ def _buffers(
         "top_p": (np.float32, num_rows),
         "seeds": (np.int64, num_rows),
         "sampling_positions": (np.int64, num_rows),
+        "mask_rows": (np.int32, num_rows),
         "changed_places": (np.int64, MAX_TABLE_CHANGES),
         "changed_blocks": (np.int32, MAX_TABLE_CHANGES),
         "input_ids": (np.int32, num_tokens),
@@ -103,16 +106,28 @@ class _GpuStep:
     """A step under way; see `RunningStep`."""
 
     def __init__(
-        self, events: "_Events", before: "_Events | None", host_output: torch.Tensor, num_samples: int
+        self,
+        events: "_Events",
+        before: "_Events | None",
+        host_output: torch.Tensor,
+        num_samples: int,
+        launch_head: Callable[[], None],
     ) -> None:
         self._events = events
         self._before = before  # of the step ahead: marked anew only when a third step follows
         self._host_output = host_output
         self._num_samples = num_samples
+        self._launch_head: Callable[[], None] | None = launch_head
+
+    def choose_tokens(self) -> None:
+        """Launch the head, if that has not been done."""
+        if self._launch_head is not None:
+            self._launch_head()
+            self._launch_head = None
 
     def is_done(self) -> bool:
         """Whether the device has ended it."""
-        return self._events.is_done()
+        return self._launch_head is None and self._events.is_done()
 
     def wait(self) -> StepOutput:
         """The one read of the step's tokens."""
@@ -223,6 +238,8 @@ class GpuExecution:
         self._sampled_hidden = torch.zeros(num_rows, self._model.hidden_size, dtype=self._model.dtype, device=device)
         self._no_min_p = torch.zeros(num_rows, device=device)
         self._no_typical_p = torch.ones(num_rows, device=device)
+        self._masks = torch.zeros(num_rows, num_words(limits.vocab_size), dtype=torch.int32, device=device)
+        self._host_masks: Iterator[torch.Tensor] | None = None
         self._output = torch.zeros(NUM_OUTPUT_COLUMNS, num_rows, dtype=torch.int32, device=device)
         self._host_outputs = cycle(
             [
@@ -231,8 +248,8 @@ class GpuExecution:
             ]
         )
 
-    def launch(self, inputs: StepInputs, batch: InputBatch) -> _GpuStep:
-        """Send a step: one copy there, the layers, the head, one copy back."""
+    def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> _GpuStep:
+        """Send a step: one copy there, the layers, the head, one copy back; the head later where it has masks."""
         groups = self._shared_prefixes(inputs, batch)
         kind = self._kind(inputs, has_groups=bool(groups))
         step_kind = self._kinds[kind]
@@ -241,6 +258,9 @@ class GpuExecution:
         turn, host = self._buffers.next_host()
         self._fill_tokens(host, inputs, num_tokens)
         self._fill_samples(host, inputs, batch, num_samples)
+        host["mask_rows"][:num_samples] = NO_MASK
+        if masks is not None:
+            host["mask_rows"][: inputs.num_samples] = masks.mask_rows
         for window in step_kind.workspaces:
             plan_attention(
                 step_kind.layout, host[_plan_name(kind, window)], inputs.query_starts, inputs.sequence_lengths,
@@ -252,13 +272,42 @@ class GpuExecution:
         self._send(turn, host, batch, kind)
         (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
         events.mark(1)
-        if inputs.num_samples:
-            has_random = bool((batch.temperatures[inputs.sampling_rows] > 0).any())
-            head = self._recordings.find(has_random, num_samples)
-            (head or partial(self._run_head, num_samples, has_random))()
+        has_random = bool((batch.temperatures[inputs.sampling_rows] > 0).any())
+        launch_head = partial(
+            self._launch_head, events, host_output, inputs.num_samples, num_samples, has_random, masks
+        )
+        step = _GpuStep(events, before, host_output, inputs.num_samples, launch_head)
+        if masks is None:
+            step.choose_tokens()
+        return step
+
+    def _launch_head(
+        self,
+        events: "_Events",
+        host_output: torch.Tensor,
+        num_used: int,
+        num_samples: int,
+        has_random: bool,
+        masks: StepMasks | None,
+    ) -> None:
+        """Masks apply in the recordings that sample at random, greedy rows among them."""
+        if masks is not None:
+            self._send_masks(masks)
+        if num_used:
+            is_general = has_random or masks is not None
+            head = self._recordings.find(is_general, num_samples)
+            (head or partial(self._run_head, num_samples, is_general))()
             host_output.copy_(self._output, non_blocking=True)
         events.mark(2)
-        return _GpuStep(events, before, host_output, inputs.num_samples)
+
+    def _send_masks(self, masks: StepMasks) -> None:
+        if self._host_masks is None:  # where no request has a grammar, the host keeps no memory for any
+            is_gpu = self._device.type == "cuda"
+            buffers = [torch.zeros_like(self._masks, device="cpu", pin_memory=is_gpu) for _ in range(NUM_HOST_BUFFERS)]
+            self._host_masks = cycle(buffers)
+        host = next(self._host_masks)
+        masks.wait(host.numpy())
+        self._masks[: len(masks)].copy_(host[: len(masks)], non_blocking=True)
 
     def _kind(self, inputs: StepInputs, has_groups: bool) -> Kind:
         if has_groups or inputs.max_query_length > MAX_NARROW_QUERY:
@@ -336,6 +385,7 @@ class GpuExecution:
         column = {name: values[:num_samples] for name, values in self._buffers.device.items()}
         logits = self._model.model.compute_logits(self._sampled_hidden[:num_samples])
         if has_random:
+            mask_tokens(logits, self._masks, column["mask_rows"])
             parameters = SamplingParameters(
                 temperatures=column["temperatures"],
                 top_k=column["top_k"],

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from text_generation_proto.columns import Int32Array
 
-from text_generation_shard.execution import Execution, RunningStep
+from text_generation_shard.compiled_grammars import CompiledGrammars
+from text_generation_shard.execution import Execution, RunningStep, StepOutput
+from text_generation_shard.grammar_masks import GrammarMasks, StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_caches
 from text_generation_shard.progress import ProgressFile
@@ -41,6 +43,7 @@ class StepInFlight:
     inputs: StepInputs | None = None  # None: nothing is computed
     sequence_ids: Int32Array | None = None  # of the sampling rows
     running: RunningStep | None = None
+    masks: StepMasks | None = None
 
     def is_done(self) -> bool:
         """Whether finishing it waits for nothing."""
@@ -58,7 +61,9 @@ class ModelRunner:
         budget: KvBudget,
         device: torch.device,
         progress: ProgressFile,
+        grammars: CompiledGrammars | None = None,
     ) -> None:
+        """`grammars`: of a rank that samples; the others need none."""
         self.info = info
         self.layout = layout
         self._execution = execution
@@ -67,6 +72,10 @@ class ModelRunner:
         self._progress = progress
         self._kv_caches: KvCaches = []
         self._batch: InputBatch | None = None
+        self._grammars = grammars
+        self._masks: GrammarMasks | None = None
+        self._last_launched: StepInFlight | None = None
+        self._num_in_flight = 0
         self._has_garbage = False
 
     @property
@@ -99,6 +108,8 @@ class ModelRunner:
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
         self._execution.start(batch_limits, self._kv_caches)
         self._batch = InputBatch(batch_limits, has_device_tables=self._execution.has_tables)
+        if self._grammars is not None:
+            self._masks = GrammarMasks(self._grammars, batch_limits.max_num_sequences)
         # What stands now stays for good. From here on garbage is collected between steps only.
         gc.collect()
         gc.freeze()
@@ -131,29 +142,59 @@ class ModelRunner:
         started = time.perf_counter_ns()
         batch = self._batch
         assert batch is not None, "warm-up comes first"
+        self.choose_tokens()
         failures = batch.apply(plan)
+        self._follow_grammars(plan, failures)
         inputs = batch.prepare(plan)
         if inputs is None:
             self._progress.start(plan.step, 0, 0)
-            return StepInFlight(plan.step, failures, started)
-        self._progress.start(plan.step, inputs.num_tokens, int(inputs.sequence_lengths.sum(dtype=np.int64)))
-        running = self._execution.launch(inputs, batch)
-        self._has_garbage = True
-        return StepInFlight(plan.step, failures, started, inputs, batch.advance(inputs), running)
+            step = StepInFlight(plan.step, failures, started)
+        else:
+            self._progress.start(plan.step, inputs.num_tokens, int(inputs.sequence_lengths.sum(dtype=np.int64)))
+            sequence_ids = batch.sequence_ids[inputs.sampling_rows]
+            masks = self._masks.of_step(sequence_ids) if self._masks is not None else None
+            running = self._execution.launch(inputs, batch, masks)
+            batch.advance(inputs)
+            self._has_garbage = True
+            step = StepInFlight(plan.step, failures, started, inputs, sequence_ids, running, masks)
+        self._last_launched = step
+        if not self._num_in_flight:
+            self.choose_tokens()
+        self._num_in_flight += 1
+        return step
+
+    def _follow_grammars(self, plan: StepPlan, failures: dict[int, str]) -> None:
+        """Follow the new sequences that have a grammar, and no longer those that have gone."""
+        if self._masks is None:
+            return
+        self._masks.remove(plan.removed_sequence_ids.tolist())
+        for sequence in plan.new_sequences:
+            if sequence.grammar and sequence.sequence_id not in failures:
+                generated = sequence.token_ids[sequence.num_prompt_tokens :]
+                self._masks.add(sequence.sequence_id, sequence.grammar, generated)
+
+    @torch.inference_mode()
+    def choose_tokens(self) -> None:
+        """Let the last launched step sample, if it waits for masks: the tokens before it must be known by now."""
+        if self._last_launched is not None and self._last_launched.running is not None:
+            self._last_launched.running.choose_tokens()
 
     def finish(self, step: StepInFlight) -> StepResult:
         """The result of a launched step; steps are finished in the order in which they were launched."""
         failures = step.failures
+        self._num_in_flight -= 1
         if step.running is None:
             self._progress.end()
             return StepResult(step.step, failures=failures, step_ns=time.perf_counter_ns() - step.started_ns)
         assert self._batch is not None
         assert step.inputs is not None
         assert step.sequence_ids is not None
+        step.running.choose_tokens()
         output = step.running.wait()
         is_told = self._batch.settle(step.inputs, step.sequence_ids, output.token_ids, output.is_valid)
         self._progress.end()
         failures.update(dict.fromkeys(step.sequence_ids[is_told & ~output.is_valid].tolist(), NOT_FINITE))
+        mask_ns = self._go_on(step, output, failures)
         is_sampled = is_told & output.is_valid
         return StepResult(
             step=step.step,
@@ -166,12 +207,28 @@ class ModelRunner:
             sample_ns=output.sample_ns,
             step_ns=time.perf_counter_ns() - step.started_ns,
             idle_ns=output.idle_ns,
+            mask_ns=mask_ns,
         )
+
+    def _go_on(self, step: StepInFlight, output: StepOutput, failures: dict[int, str]) -> int:
+        """Have the masks of the next tokens made; answers how long the work on this step's took."""
+        if self._masks is None or step.masks is None:
+            return 0
+        assert step.sequence_ids is not None
+        for sequence_id, reason in step.masks.failures().items():
+            if sequence_id in failures:
+                failures[sequence_id] = reason
+        mask_ns = self._masks.take_work_ns()
+        self._masks.accept(step.sequence_ids, output.token_ids, output.is_valid)
+        self._masks.remove(step.sequence_ids[~output.is_valid].tolist())
+        return mask_ns
 
     def clear(self) -> None:
         """Drop every sequence; the KV memory stays."""
         if self._batch is not None:
             self._batch.clear()
+        if self._masks is not None:
+            self._masks.clear()
 
     def collect_garbage(self) -> None:
         """Collect what steps left behind; called when there is nothing else to do."""

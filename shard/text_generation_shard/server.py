@@ -13,10 +13,11 @@ from pathlib import Path
 import grpc
 from text_generation_proto import shard_pb2 as pb
 from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address, shard_socket_path
-from text_generation_proto.columns import pack_float32, pack_int32, unpack_int32
+from text_generation_proto.columns import pack_float32, pack_int32, unpack_int32, unpack_strings
 from text_generation_proto.shard_pb2_grpc import ShardServicer, add_ShardServicer_to_server
 
 from text_generation_shard import distributed
+from text_generation_shard.compiled_grammars import CompiledGrammars, UnusableGrammar
 from text_generation_shard.step import NewSequence, PlanError, StepPlan, StepResult
 from text_generation_shard.step_loop import PlanStream, StepLoop
 from text_generation_shard.warm_up import WarmUpError, WarmUpLimits
@@ -61,6 +62,7 @@ def _unpack_sequence(message: pb.NewSequence) -> NewSequence:
         top_k=message.sampling.top_k,
         top_p=message.sampling.top_p,
         seed=message.sampling.seed,
+        grammar=message.grammar,
     )
 
 
@@ -77,14 +79,17 @@ def pack_result(result: StepResult) -> pb.StepResult:
         sample_ns=result.sample_ns,
         step_ns=result.step_ns,
         idle_ns=result.idle_ns,
+        mask_ns=result.mask_ns,
     )
 
 
 class ShardService(ShardServicer):
     """The calls of shard.proto."""
 
-    def __init__(self, loop: StepLoop) -> None:
+    def __init__(self, loop: StepLoop, grammars: CompiledGrammars | None) -> None:
+        """`grammars`: of a rank that samples."""
         self._loop = loop
+        self._grammars = grammars
         self._warm_up_lock = threading.Lock()
         self._warm_up_reply: tuple[WarmUpLimits, pb.WarmupReply] | None = None
 
@@ -121,6 +126,29 @@ class ShardService(ShardServicer):
         if warm_limits != limits:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"already warmed up for {warm_limits}")
         return reply
+
+    def Vocabulary(self, request: pb.VocabularyRequest, context: grpc.ServicerContext) -> pb.VocabularyReply:
+        """The tokens, for grammars."""
+        grammars = self._sampling_grammars(context)
+        try:
+            token_bytes = unpack_strings(request.token_lengths, request.token_bytes)
+            grammars.load(token_bytes, unpack_int32(request.eos_token_ids).tolist())
+        except ValueError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return pb.VocabularyReply()
+
+    def Grammar(self, request: pb.GrammarRequest, context: grpc.ServicerContext) -> pb.GrammarReply:
+        """Compiles in this thread, so that no step waits for it."""
+        try:
+            self._sampling_grammars(context).prepare(request.grammar)
+        except UnusableGrammar as error:
+            return pb.GrammarReply(error=str(error))
+        return pb.GrammarReply()
+
+    def _sampling_grammars(self, context: grpc.ServicerContext) -> CompiledGrammars:
+        if self._grammars is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "rank 0 alone follows grammars")
+        return self._grammars
 
     def Health(self, request: pb.HealthRequest, context: grpc.ServicerContext) -> pb.HealthReply:
         """Answers while the process can."""

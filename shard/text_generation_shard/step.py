@@ -26,6 +26,7 @@ class NewSequence:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +57,4 @@ class StepResult:
     sample_ns: int = 0
     step_ns: int = 0
     idle_ns: int = 0  # of the device, before the step
+    mask_ns: int = 0

@@ -196,10 +196,11 @@ class StepLoop:
     def _finish_oldest(self) -> None:
         stream, step = self._in_flight.popleft()
         result = self.runner.finish(step)
+        if self._sends_results and not stream.is_ended:
+            stream.put(result)
+        self.runner.choose_tokens()  # of the step behind it, which may have waited for these
         if stream.is_ended:
             return
-        if self._sends_results:
-            stream.put(result)
         stream.slots.release()
         if not result.num_tokens and not self._in_flight:
             self.runner.collect_garbage()

@@ -38,6 +38,7 @@ CONTRACT = {
     "tgi_batch_inference_failure": ("counter", METHODS, None),
     "tgi_batch_inference_duration": ("histogram", METHODS, DURATIONS),
     "tgi_batch_forward_duration": ("histogram", METHODS, DURATIONS),
+    "tgi_batch_mask_duration": ("histogram", None, DURATIONS),
     "tgi_batch_decode_duration": ("histogram", METHODS, DURATIONS),
     "tgi_batch_filter_duration": ("histogram", METHODS, DURATIONS),
     "tgi_batch_concat": (
@@ -157,7 +158,7 @@ def test_what_the_engine_reports():
     metrics = make_metrics()
     metrics.on_scrape(lambda: metrics.set_queue_size(7))
     metrics.step_started("decode")
-    metrics.step_ended("decode", inference_s=0.25, forward_s=0.125, decode_s=0.5, filter_s=0.0625)
+    metrics.step_ended("decode", inference_s=0.25, forward_s=0.125, decode_s=0.5, filter_s=0.0625, mask_s=0.5)
     metrics.step_started("prefill")
     metrics.step_failed("prefill")
     metrics.batch_admitted(3)
