@@ -33,7 +33,7 @@ def mapped(schema: Schema, function: Callable[[Schema], Schema]) -> Schema:
     """A copy with `function` applied to the schemas that stand directly in this one."""
     if not isinstance(schema, dict):
         return schema
-    copy = {}
+    copy: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
             copy[key] = {name: function(item) for name, item in value.items()}

@@ -38,6 +38,11 @@ class _Follower:
     failure: str | None = None
     ready: "Future[None]" = field(default_factory=Future)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its next tokens are its grammar's to say."""
+        return self.failure is None and not self.has_ended
+
 
 class StepMasks:
     """The masks of one step's sampling rows, once they are waited for."""
@@ -147,9 +152,10 @@ class GrammarMasks:
         for follower, token_id in steps:
             if token_id in self._grammars.eos_token_ids:
                 follower.has_ended = True
-            elif follower.failure is None and follower.matcher is not None:
+            elif follower.is_open and follower.matcher is not None:
                 moving.append((follower, follower.matcher, token_id))
-        accepted = self._pool.consume_token_par([(matcher, token_id) for _, matcher, token_id in moving])
+        pairs = [(matcher, token_id) for _, matcher, token_id in moving]
+        accepted = self._pool.consume_token_par(pairs) if pairs else []
         for (follower, matcher, _), is_accepted in zip(moving, accepted, strict=True):
             if not is_accepted:
                 self._fail(follower, matcher)
@@ -159,7 +165,7 @@ class GrammarMasks:
         """Make the masks of the next tokens."""
         open_ones = []
         for follower in followers:
-            if follower.failure is None and not follower.has_ended and follower.matcher is not None:
+            if follower.is_open and follower.matcher is not None:
                 open_ones.append((follower, follower.matcher))
             else:
                 self._masks[follower.slot] = _NO_TOKENS if follower.failure is not None else _ALL_TOKENS

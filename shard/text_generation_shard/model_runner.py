@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from text_generation_proto.columns import Int32Array
 
+from text_generation_shard import distributed
 from text_generation_shard.compiled_grammars import CompiledGrammars
 from text_generation_shard.execution import Execution, RunningStep, StepOutput
 from text_generation_shard.grammar_masks import GrammarMasks, StepMasks
@@ -61,9 +62,7 @@ class ModelRunner:
         budget: KvBudget,
         device: torch.device,
         progress: ProgressFile,
-        grammars: CompiledGrammars | None = None,
     ) -> None:
-        """`grammars`: of a rank that samples; the others need none."""
         self.info = info
         self.layout = layout
         self._execution = execution
@@ -72,7 +71,8 @@ class ModelRunner:
         self._progress = progress
         self._kv_caches: KvCaches = []
         self._batch: InputBatch | None = None
-        self._grammars = grammars
+        # Of the rank that samples.
+        self.grammars = CompiledGrammars(info.vocab_size) if distributed.rank() == 0 else None
         self._masks: GrammarMasks | None = None
         self._last_launched: StepInFlight | None = None
         self._num_in_flight = 0
@@ -108,8 +108,8 @@ class ModelRunner:
         self._kv_caches = allocate_kv_caches(self.layout, num_blocks, self._device)
         self._execution.start(batch_limits, self._kv_caches)
         self._batch = InputBatch(batch_limits, has_device_tables=self._execution.has_tables)
-        if self._grammars is not None:
-            self._masks = GrammarMasks(self._grammars, batch_limits.max_num_sequences)
+        if self.grammars is not None:
+            self._masks = GrammarMasks(self.grammars, batch_limits.max_num_sequences)
         # What stands now stays for good. From here on garbage is collected between steps only.
         gc.collect()
         gc.freeze()
@@ -189,7 +189,8 @@ class ModelRunner:
         assert self._batch is not None
         assert step.inputs is not None
         assert step.sequence_ids is not None
-        step.running.choose_tokens()
+        if step is self._last_launched:
+            self.choose_tokens()
         output = step.running.wait()
         is_told = self._batch.settle(step.inputs, step.sequence_ids, output.token_ids, output.is_valid)
         self._progress.end()

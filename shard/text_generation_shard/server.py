@@ -86,10 +86,8 @@ def pack_result(result: StepResult) -> pb.StepResult:
 class ShardService(ShardServicer):
     """The calls of shard.proto."""
 
-    def __init__(self, loop: StepLoop, grammars: CompiledGrammars | None) -> None:
-        """`grammars`: of a rank that samples."""
+    def __init__(self, loop: StepLoop) -> None:
         self._loop = loop
-        self._grammars = grammars
         self._warm_up_lock = threading.Lock()
         self._warm_up_reply: tuple[WarmUpLimits, pb.WarmupReply] | None = None
 
@@ -146,9 +144,11 @@ class ShardService(ShardServicer):
         return pb.GrammarReply()
 
     def _sampling_grammars(self, context: grpc.ServicerContext) -> CompiledGrammars:
-        if self._grammars is None:
+        grammars: CompiledGrammars | None = self._loop.runner.grammars
+        if grammars is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "rank 0 alone follows grammars")
-        return self._grammars
+        assert grammars is not None
+        return grammars
 
     def Health(self, request: pb.HealthRequest, context: grpc.ServicerContext) -> pb.HealthReply:
         """Answers while the process can."""

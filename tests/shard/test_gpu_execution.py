@@ -4,6 +4,7 @@ Under Triton's interpreter a recorder that runs launches anew stands for CUDA gr
 """
 
 import gc
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from text_generation_kernels import reference
 from text_generation_kernels.attention_settings import AttentionShape
 from text_generation_shard.cuda_graphs import CudaRecorder, Launch, Recorder
 from text_generation_shard.gpu_execution import GpuExecution, GpuModel
@@ -134,8 +136,8 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-def sequence(number: int, tokens: list[int], blocks: list[int], computed: int = 0, **sampling: float) -> NewSequence:
-    return NewSequence(number, ints(*tokens), len(tokens), computed, ints(*blocks), **sampling)  # type: ignore[arg-type]
+def sequence(number: int, tokens: list[int], blocks: list[int], computed: int = 0, **others: object) -> NewSequence:
+    return NewSequence(number, ints(*tokens), len(tokens), computed, ints(*blocks), **others)  # type: ignore[arg-type]
 
 
 def prompt(number: int, length: int) -> list[int]:
@@ -246,3 +248,86 @@ def test_a_row_that_is_not_finite_fails_alone(
     expected, _ = greedy(transformers_model, healthy, 4)
     assert driver.tokens[1] == expected
     assert driver.tokens[3] == expected[:2]
+
+
+# Grammars: ids 0 to 93 are the bytes from "!" on, 94 ends a text.
+EOS = 94
+TOKENS = [bytes([0x21 + token]) for token in range(EOS)] + [b"", b""]
+LETTERS, DIGITS = set(range(0x41 - 0x21, 0x4E - 0x21)), set(range(15, 25))
+
+
+def grammar(pattern: str = "([A-M]{2}[0-9])+") -> str:
+    source = '%llguidance {"no_forcing": true}\nstart: /' + pattern + "/"
+    return json.dumps({"grammars": [{"lark_grammar": source}]})
+
+
+def allowed(generated: list[int]) -> set[int]:
+    if len(generated) % 3 == 2:
+        return DIGITS
+    return LETTERS | ({EOS} if generated and len(generated) % 3 == 0 else set())
+
+
+@torch.inference_mode()
+def constrained(
+    model: LlamaForCausalLM, tokens: list[int], count: int, **sampling: float
+) -> tuple[list[int], list[float]]:
+    """Tokens chosen among those that the grammar allows, until one ends the text."""
+    chosen, logprobs = list(tokens), []
+    columns = [torch.tensor([sampling.get(name, default)]) for name, default in SAMPLING]
+    while len(chosen) < len(tokens) + count and chosen[-1] != EOS:
+        logits = model(torch.tensor([chosen]), use_cache=False).logits[:, -1]
+        excluded = [token for token in range(96) if token not in allowed(chosen[len(tokens) :])]
+        logits[:, excluded] = float("-inf")
+        token, logprob = reference.sample(logits, *columns, torch.tensor([len(chosen)]))
+        chosen.append(int(token))
+        logprobs.append(float(logprob))
+    return chosen[len(tokens) :], logprobs
+
+
+SAMPLING: tuple[tuple[str, float], ...] = (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("seed", 0))
+
+
+def test_grammars_hold_while_another_step_is_under_way(
+    start: Callable[[], Driver], transformers_model: LlamaForCausalLM
+) -> None:
+    """Beside rows without one, in chunks, after a preemption; greedy and at random."""
+    driver = start()
+    driver.runner.grammars.load(TOKENS, [EOS])
+    sampled = dict(temperature=1.5, seed=77)
+    first, second, free = prompt(1, 20), prompt(2, 3), prompt(3, 4)
+    new = [sequence(2, second, [2], grammar=grammar(), **sampled), sequence(3, free, [3])]
+    driver.send([sequence(1, first, [0, 1], grammar=grammar()), *new], prefill={1: 7, 2: 3, 3: 4})
+    driver.send(prefill={1: 13})
+    driver.send()
+    driver.send(removed=[2])  # preempted, with a token still to come
+    driver.send()
+    returned = NewSequence(2, ints(*second, *driver.tokens[2]), len(second), 0, ints(5), grammar=grammar(), **sampled)
+    driver.send([returned], prefill={2: len(returned.token_ids)})
+    for _ in range(3):
+        driver.send()
+    driver.drain()
+    assert driver.failures == {}
+    expected, logprobs = greedy(transformers_model, free, 9)
+    assert driver.tokens[3] == expected
+    assert driver.logprobs[3] == pytest.approx(logprobs, abs=1e-4)
+    for number, tokens, count, parameters in ((1, first, 8, {}), (2, second, 7, sampled)):
+        expected, logprobs = constrained(transformers_model, tokens, count, **parameters)
+        assert driver.tokens[number][: len(expected)] == expected
+        assert driver.logprobs[number][: len(expected)] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_a_grammar_that_cannot_go_on_fails_alone(
+    start: Callable[[], Driver], transformers_model: LlamaForCausalLM
+) -> None:
+    driver, healthy = start(), prompt(4, 6)
+    driver.runner.grammars.load(TOKENS, [EOS])
+    bad = NewSequence(2, ints(*healthy, 0), len(healthy), 0, ints(1), grammar=grammar())
+    driver.send([sequence(1, healthy, [0], grammar=grammar("[A-M]{20}")), bad], prefill={1: 6, 2: 7})
+    driver.send()
+    driver.send(removed=[2])
+    driver.drain()
+    assert list(driver.failures) == [2]
+    assert "cannot go on" in driver.failures[2]
+    assert 2 not in driver.tokens
+    assert len(driver.tokens[1]) == 3
+    assert set(driver.tokens[1]) <= LETTERS
