@@ -150,6 +150,12 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
         tokens = min(self._times.capacity_tokens, request.max_kv_tokens or self._times.capacity_tokens)
         return shard_pb2.WarmupReply(num_blocks=tokens // BLOCK_SIZE)
 
+    def Vocabulary(self, request: object, context: object) -> shard_pb2.VocabularyReply:
+        return shard_pb2.VocabularyReply()
+
+    def Grammar(self, request: object, context: object) -> shard_pb2.GrammarReply:
+        return shard_pb2.GrammarReply(error="needs a real shard")
+
     def Health(self, request: object, context: object) -> shard_pb2.HealthReply:
         return shard_pb2.HealthReply()
 

@@ -18,6 +18,7 @@ from text_generation_router.chat_template import ChatTemplate
 from text_generation_router.command_line import InvalidConfig, parse_config
 from text_generation_router.config import RouterConfig
 from text_generation_router.engine import Engine, start_engine
+from text_generation_router.grammar_compiler import GrammarCompiler
 from text_generation_router.limits import InvalidLimits
 from text_generation_router.logs import set_up_logging
 from text_generation_router.metrics import Metrics
@@ -64,16 +65,29 @@ async def serve(config: RouterConfig) -> None:
         engine = await _start_unless_stopped(config, tokenizer, metrics, stop)
         if engine is None:
             return
-        server = Server(Context(config, engine, tokenizer, chat_template, metrics), listener, metrics_listener)
+        grammars = _grammar_compiler(config, engine, tokenizer)
+        context = Context(config, engine, tokenizer, chat_template, metrics, grammars)
+        server = Server(context, listener, metrics_listener)
         await server.start()
+        if grammars is not None:
+            grammars.start()
         # What stands now stays; collections need not look at it again.
         gc.collect()
         gc.freeze()
         is_failed = await _ends_by_failure(engine, stop)
         await server.stop(grace_s=0.0 if is_failed else None)
         await engine.stop()
+        if grammars is not None:
+            await grammars.close()
         if is_failed:
             raise ShardFailure("the engine cannot go on without its shards")
+
+
+def _grammar_compiler(config: RouterConfig, engine: Engine, tokenizer: Tokenizer) -> GrammarCompiler | None:
+    tokens = tokenizer.grammar_tokens(engine.limits.vocab_size)
+    if config.disable_grammar_support or tokens is None:
+        return None
+    return GrammarCompiler(*tokens, engine.prepare_grammar)
 
 
 async def _ends_by_failure(engine: Engine, stop: StopSignal) -> bool:

@@ -286,8 +286,9 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     scheduler = Scheduler(SchedulerLimits(max_step_tokens, max_num_sequences), blocks, tokenizer.eos_token_ids)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
     metrics.set_capacity(num_blocks * info.block_size)
-    if tokenizer.has_grammars and not config.disable_grammar_support:
-        await shards.load_vocabulary(tokenizer.vocabulary.token_bytes, sorted(tokenizer.eos_token_ids))
+    tokens = tokenizer.grammar_tokens(info.vocab_size)
+    if tokens is not None and not config.disable_grammar_support:
+        await shards.load_vocabulary(*tokens)
     progress = ShardProgress(config.run_folder, config.world_size)
     engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits)
     engine.start()

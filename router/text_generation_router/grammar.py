@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from text_generation_router.model_family import Reasoning
+
 
 class GrammarKind(StrEnum):
     """What a grammar is written in."""
@@ -16,10 +18,11 @@ class GrammarKind(StrEnum):
 
 @dataclass(frozen=True)
 class Grammar:
-    """`text` is a schema as JSON, or a regular expression that the whole generated text must match."""
+    """`text` is a schema as JSON, or a regular expression that the whole text after any reasoning must match."""
 
     kind: GrammarKind
     text: str
+    reasoning: Reasoning = Reasoning.NONE
 
     @classmethod
     def from_schema(cls, schema: Any) -> "Grammar":

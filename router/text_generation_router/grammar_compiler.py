@@ -13,7 +13,7 @@ from text_generation_proto.columns import pack_int32, pack_strings
 
 from text_generation_router.errors import Overloaded
 from text_generation_router.grammar import Grammar
-from text_generation_router.grammar_worker import GOOD, LENGTH_BYTES, frame
+from text_generation_router.grammar_frames import GOOD, LENGTH_BYTES, frame, pack
 from text_generation_router.schema_checks import RefusedGrammar
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class GrammarCompiler:
             self._keep_spare()
             try:
                 async with asyncio.timeout(TIME_LIMIT_S):
-                    reply = await worker.ask(f"{grammar.kind}\n{grammar.text}".encode())
+                    reply = await worker.ask(pack(grammar))
             except (TimeoutError, WorkerDied) as error:
                 await self._drop(worker)
                 is_late = isinstance(error, TimeoutError)

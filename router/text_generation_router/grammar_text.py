@@ -10,13 +10,24 @@ from llguidance import regex_to_lark
 
 from text_generation_router.grammar import Grammar, GrammarKind
 from text_generation_router.json_schema import Schema, mapped, reachable
+from text_generation_router.model_family import THINK_END, THINK_START, Reasoning
 from text_generation_router.schema_checks import RefusedGrammar, check_schema
 
 MAX_LEVELS = 64  # of a schema; the library's own reader ends at 128 levels of JSON, two for each property
 # Between the parts of JSON: nothing, a space, or a new line with its indentation. So no run of it goes on for ever.
 WHITE_SPACE = r" |\n[ \t]{0,32}"
 _OPTIONS = "x-guidance"  # the library's key for its options; a client's own would change what is checked
-_SETTINGS = '%llguidance {"no_forcing": true}\n'
+_SETTINGS = '%llguidance {"no_forcing": true}'
+_BEGINNINGS = {
+    Reasoning.NONE: "start: text",
+    Reasoning.POSSIBLE: "start: (opening reasoning gap)? text",
+    Reasoning.BEGUN: "start: reasoning gap text",
+}
+_REASONING = (
+    f"opening: /\\s{{0,4}}{THINK_START}/",
+    f'reasoning[suffix="{THINK_END}"]: /(?s:.*)/',
+    r"gap: /\s{0,8}/",
+)
 # Keywords about the members of an object.
 _MEMBER_KEYWORDS = frozenset(
     ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
@@ -27,7 +38,7 @@ _BRANCHES = frozenset(("anyOf", "oneOf", "$ref"))
 def canonical_text(grammar: Grammar) -> str:
     """The text for a client's grammar; raises RefusedGrammar."""
     if grammar.kind is GrammarKind.REGEX:
-        return _regex_text(grammar.text)
+        return _text(grammar, _regex_rule(grammar.text))
     try:
         schema = orjson.loads(grammar.text)
     except orjson.JSONDecodeError as error:
@@ -42,18 +53,20 @@ def canonical_text(grammar: Grammar) -> str:
     if _can_be_closed(schema):
         schema = _closed(schema)
     schema = schema | {_OPTIONS: {"whitespace_pattern": WHITE_SPACE}}
-    return _text(_SETTINGS + "start: @schema", {"name": "schema", "json_schema": schema})
+    return _text(grammar, "text: @schema", {"name": "schema", "json_schema": schema})
 
 
-def _regex_text(pattern: str) -> str:
+def _regex_rule(pattern: str) -> str:
     num_backslashes = len(pattern) - len(pattern.rstrip("\\"))
     if num_backslashes % 2:
         raise RefusedGrammar("is not a regular expression: it ends in the middle of an escape")
-    return _text(f"{_SETTINGS}start: /{regex_to_lark(pattern, 'dw')}/")
+    return f"text: /{regex_to_lark(pattern, 'dw')}/"
 
 
-def _text(start: str, *others: dict[str, Any]) -> str:
-    return orjson.dumps({"grammars": [{"lark_grammar": start}, *others]}).decode()
+def _text(grammar: Grammar, rule: str, *others: dict[str, Any]) -> str:
+    before = () if grammar.reasoning is Reasoning.NONE else _REASONING
+    rules = "\n".join((_SETTINGS, _BEGINNINGS[grammar.reasoning], *before, rule))
+    return orjson.dumps({"grammars": [{"lark_grammar": rules}, *others]}).decode()
 
 
 def _check_depth(schema: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """The process that checks and tries grammars for the router, who may kill it at any moment.
 
-Frames go over standard input and output: their length as four bytes, then their content. First come the tokens, as
-three frames (two columns of byte strings, one of EOS ids), answered by an empty frame once they are loaded. Each
-further frame is a grammar's kind, a line feed and its text, answered by GOOD and its canonical text or BAD and the
-reason why it is refused.
+Frames (grammar_frames.py) go over standard input and output. First come the tokens, as three frames (two columns of
+byte strings, one of EOS ids), answered by an empty frame once they are loaded. Each further frame is a grammar,
+answered by its canonical text or the reason why it is refused.
 """
 
 import ctypes
@@ -18,12 +17,10 @@ import numpy as np
 from text_generation_proto.columns import unpack_int32, unpack_strings
 from text_generation_proto.matcher import InvalidGrammar, TokenTable, check
 
-from text_generation_router.grammar import Grammar, GrammarKind
+from text_generation_router.grammar_frames import BAD, GOOD, LENGTH_BYTES, frame, unpack
 from text_generation_router.grammar_text import canonical_text
 from text_generation_router.schema_checks import RefusedGrammar
 
-GOOD, BAD = b"+", b"-"
-LENGTH_BYTES = 4
 # Address space that a grammar may take beside what the process has with its tokens loaded. Large schemas take 50 MB.
 MAX_GRAMMAR_MEMORY_BYTES = 192 << 20
 # Other processes' work is more urgent than a grammar that has not been accepted yet.
@@ -41,16 +38,10 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return stream.read(int.from_bytes(header)) if len(header) == LENGTH_BYTES else None
 
 
-def frame(content: bytes) -> bytes:
-    """A frame with this content."""
-    return len(content).to_bytes(LENGTH_BYTES) + content
-
-
 def answer(tokens: TokenTable, request: bytes) -> bytes:
     """Canonical text or refusal, for one request."""
-    kind, _, text = request.decode().partition("\n")
     try:
-        canonical = canonical_text(Grammar(GrammarKind(kind), text))
+        canonical = canonical_text(unpack(request))
         try_out(tokens, canonical)
     except (RefusedGrammar, InvalidGrammar) as error:
         return BAD + str(error)[:MAX_REASON_CHARACTERS].encode()

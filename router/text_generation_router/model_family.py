@@ -2,9 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 
 THINK_START, THINK_END = "<think>", "</think>"
+
+
+class Reasoning(StrEnum):
+    """Whether a text begins with `<think>…</think>`."""
+
+    NONE = "none"
+    POSSIBLE = "possible"
+    BEGUN = "begun"  # by the prompt: its end is still to come
 
 
 class ToolFormat(Enum):

@@ -143,10 +143,15 @@ class Tokenizer:
             return encoding, [bos], 0
         return encoding, [], int(uses_processor and ids[:2] == [bos, bos])
 
-    @property
-    def has_grammars(self) -> bool:
-        """Whether a grammar can be followed: every token stands for known bytes, and one ends a text."""
-        return self.vocabulary.is_bytewise and bool(self.eos_token_ids)
+    def grammar_tokens(self, vocab_size: int) -> tuple[list[bytes], list[int]] | None:
+        """Bytes of the tokens that logits of this width can choose, and the ids that end a text.
+
+        None where no grammar can be followed: tokens do not stand for bytes, or none ends a text.
+        """
+        ends = sorted(token_id for token_id in self.eos_token_ids if token_id < vocab_size)
+        if not self.vocabulary.is_bytewise or not ends:
+            return None
+        return self.vocabulary.token_bytes[:vocab_size], ends
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of visible text."""

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from text_generation_router.chat_output.forced import NO_TOOL
 from text_generation_router.errors import ToolError
 from text_generation_router.grammar import Grammar
 from text_generation_router.json_schema import Schema, mapped, reachable
 
-NO_TOOL = "no_tool"
 # Stands beside the arguments, so that no argument can have it.
 NAME_KEY = "_name"
 _NO_TOOL_PARAMETERS = {"type": "object", "properties": {"content": {"type": "string"}}, "required": ["content"]}

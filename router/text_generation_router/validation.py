@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import ValidationError
+from text_generation_router.grammar import Grammar
 from text_generation_router.ranges import request_ranges
+from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.valid_request import SamplingParameters, ValidRequest
 
 # Requests without a limit are planned in pieces of this many new tokens: all that must surely fit.
@@ -17,10 +19,6 @@ MAX_NEW_TOKENS_CHUNK = 1024
 MAX_STOP_STRING_CHARACTERS = 1024
 # Beyond these a temperature changes nothing but overflows float32 logits.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-# Names under which clients ask for text of a given form.
-_GRAMMAR_NAMES = frozenset(
-    ("grammar", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-)
 # Messages call these by their /generate names on every route: clients match on the texts.
 _FIXED_NAMES = ("inputs", "max_new_tokens")
 
@@ -52,6 +50,13 @@ class PromptEncoder(Protocol):
         """Token ids of `text`, computed off the event loop."""
 
 
+class GrammarCompiler(Protocol):
+    """What validation needs of grammars."""
+
+    async def compile(self, grammar: Grammar) -> str:
+        """The canonical text, with the shard ready for it; raises RefusedGrammar and Overloaded."""
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """What a client asked for beside the prompt, in one form for every dialect. None: not given."""
@@ -78,6 +83,7 @@ class GenerationOptions:
     watermark: bool = False
     is_stream: bool = False
     prefill_details: bool = False
+    grammar: Grammar | None = None
     user: str | None = None  # for the log alone
     # Special tokens whose own text is part of the answer's text.
     shown_special_ids: frozenset[int] = frozenset()
@@ -91,20 +97,32 @@ class GenerationOptions:
         return self.names.get(field_name, field_name)
 
     def given(self) -> dict[str, Any]:
-        """Options that differ from the defaults, for the log; stop strings are a client's text and only counted."""
-        shown = {}
+        """Options that differ from the defaults, for the log; of what is a client's text only number or kind."""
+        shown: dict[str, Any] = {}
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name not in ("names", "stop", "shown_special_ids") and value != option.default:
+            if option.name not in ("names", "stop", "shown_special_ids", "grammar") and value != option.default:
                 shown[option.name] = value
-        return shown | ({"num_stop_strings": len(self.stop)} if self.stop else {})
+        if self.stop:
+            shown["num_stop_strings"] = len(self.stop)
+        if self.grammar is not None:
+            shown["grammar"] = self.grammar.kind
+        return shown
 
 
 class Validator:
     """Checks options against the server's limits and encodes prompts."""
 
-    def __init__(self, config: RouterConfig, limits: Limits, encoder: PromptEncoder) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        limits: Limits,
+        encoder: PromptEncoder,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """`grammars`: None where no grammar can be followed."""
         self._config = config
+        self._grammars = grammars
         self._limits = limits
         self._encoder = encoder
         self._ranges = request_ranges(config, limits)
@@ -136,6 +154,7 @@ class Validator:
             stop_strings=options.stop,
             keep_stop_string=options.keep_stop_string,
             ignore_eos=options.ignore_eos,
+            grammar=await self._compile(options),
             cache_salt=cache_salt,
             shown_special_ids=options.shown_special_ids,
         )
@@ -144,6 +163,7 @@ class Validator:
         """Check everything that does not depend on the prompt; raises ValidationError."""
         self._check_ranges(options)
         self._check_stop_strings(options)
+        self._check_grammar(options)
         self._refuse_unsupported(options)
 
     def _error(self, options: GenerationOptions, field_name: str, reason: str) -> ValidationError:
@@ -165,6 +185,28 @@ class Validator:
         if any(not 1 <= len(text) <= MAX_STOP_STRING_CHARACTERS for text in options.stop):
             raise self._error(options, "stop", f"strings must have 1 to {MAX_STOP_STRING_CHARACTERS} characters")
 
+    def _check_grammar(self, options: GenerationOptions) -> None:
+        if options.grammar is None:
+            return
+        if self._config.disable_grammar_support:
+            reason = "needs grammars, which are switched off by --disable-grammar-support"
+        elif self._grammars is None:
+            reason = "needs grammars, and what bytes this model's tokens stand for is not known"
+        elif options.ignore_eos:
+            reason = "and `ignore_eos` exclude each other: the text ends where its grammar does"
+        else:
+            return
+        raise self._error(options, "grammar", reason)
+
+    async def _compile(self, options: GenerationOptions) -> str:
+        if options.grammar is None:
+            return ""
+        assert self._grammars is not None, "checked"
+        try:
+            return await self._grammars.compile(options.grammar)
+        except RefusedGrammar as refusal:
+            raise self._error(options, "grammar", f"cannot be used: it {refusal}") from None
+
     def _refuse_unsupported(self, options: GenerationOptions) -> None:
         refused = [
             name
@@ -182,9 +224,7 @@ class Validator:
             if getattr(options, name) not in (None, neutral)
         ]
         for name in (*refused, *options.unsupported):
-            is_off = self._config.disable_grammar_support and name in _GRAMMAR_NAMES
-            reason = "is switched off by --disable-grammar-support" if is_off else "is not supported by this server"
-            raise self._error(options, name, reason)
+            raise self._error(options, name, "is not supported by this server")
 
     def _check_token_ids(self, token_ids: list[int], options: GenerationOptions) -> None:
         vocab_size = self._limits.vocab_size

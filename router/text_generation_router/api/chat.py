@@ -8,6 +8,7 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.chat_request import (
     ChatCall,
+    answer_grammar,
     answer_parser,
     read_call,
     render_prompt,
@@ -50,6 +51,8 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     options = call.options
     if shown := shown_special_ids(context, call):
         options = replace(options, shown_special_ids=shown)
+    if options.grammar is not None:
+        options = replace(options, grammar=answer_grammar(context, call, prompt))
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))

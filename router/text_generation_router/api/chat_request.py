@@ -13,8 +13,10 @@ from text_generation_router.chat_output.choose import TOOL_MARKS, forced_parser,
 from text_generation_router.chat_output.deltas import Parser, PlainText
 from text_generation_router.chat_output.reasoning import ReasoningParser
 from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation
-from text_generation_router.errors import ToolError
-from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily
+from text_generation_router.errors import ToolError, ValidationError
+from text_generation_router.grammar import Grammar
+from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily, Reasoning
+from text_generation_router.tool_grammar import tool_grammar
 from text_generation_router.validation import GenerationOptions
 
 MAX_SWITCH_CHARACTERS = 1024
@@ -41,11 +43,13 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         names={"inputs": "messages", "top_n_tokens": "top_logprobs"},
         top_n_tokens=body.integer("top_logprobs"),
         user=read_user(body, "safety_identifier"),
-        unsupported=("tools",) if _is_forced(tools, family) else (),
     )
-    if tools.shown and "response_format" in options.unsupported:
+    if tools.shown and options.grammar is not None:
         raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
     body.string("prompt_cache_key")
+    forced_call = _forced_call(tools, family)
+    if forced_call is not None:
+        options = replace(options, grammar=forced_call, names=options.names | {"grammar": "tools"})
     return ChatCall(
         conversation=_read_conversation(body, tools),
         tools=tools,
@@ -54,6 +58,13 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         has_logprobs=body.boolean("logprobs"),
         includes_usage=read_includes_usage(body),
     )
+
+
+def _forced_call(tools: ToolUse, family: ModelFamily) -> Grammar | None:
+    """The grammar of an answer that must be a call, or the choice of none; None for any other answer."""
+    if not _is_forced(tools, family):
+        return None
+    return tool_grammar(tools.shown, may_call_none=tools.choice is ToolChoice.AUTO)
 
 
 def _is_forced(tools: ToolUse, family: ModelFamily) -> bool:
@@ -120,13 +131,29 @@ def answer_parser(family: ModelFamily, call: ChatCall, prompt: str) -> Parser | 
         parser = forced_parser()
     elif call.tools.shown and family.tool_format is not None:
         parser = tool_parser(family.tool_format, call.tools.names, call.tools.is_parallel)
-    if not family.has_reasoning:
+    reasoning = expected_reasoning(family, call.conversation, prompt)
+    if reasoning is Reasoning.NONE:
         return parser
-    begun = call.conversation.continued_text
-    if begun is None:
-        is_begun = prompt.rstrip().endswith(THINK_START)
-    else:
-        is_begun = begun.rfind(THINK_START) > begun.rfind(THINK_END)
-        if not is_begun:
-            return parser  # the answer itself is being continued
-    return ReasoningParser(parser or PlainText(), is_begun)
+    return ReasoningParser(parser or PlainText(), is_begun=reasoning is Reasoning.BEGUN)
+
+
+def expected_reasoning(family: ModelFamily, conversation: Conversation, prompt: str) -> Reasoning:
+    """Whether the answer to a prompt begins with reasoning; one that is being continued may be in the middle of it."""
+    if not family.has_reasoning:
+        return Reasoning.NONE
+    begun = conversation.continued_text
+    if begun is not None:
+        return Reasoning.BEGUN if begun.rfind(THINK_START) > begun.rfind(THINK_END) else Reasoning.NONE
+    return Reasoning.BEGUN if prompt.rstrip().endswith(THINK_START) else Reasoning.POSSIBLE
+
+
+def answer_grammar(context: Context, call: ChatCall, prompt: str) -> Grammar | None:
+    """The grammar of the answer to a prompt: it holds once the reasoning has ended. Raises ValidationError."""
+    grammar = call.options.grammar
+    if grammar is None:
+        return None
+    reasoning = expected_reasoning(context.chat_template.family, call.conversation, prompt)
+    if reasoning is not Reasoning.NONE and context.tokenizer.special_ids((THINK_END,)):
+        name = call.options.client_name("grammar")
+        raise ValidationError(f"`{name}` needs a grammar, and no text marks the end of this model's reasoning", name)
+    return replace(grammar, reasoning=reasoning)

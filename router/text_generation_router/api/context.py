@@ -15,7 +15,7 @@ from text_generation_router.model_family import ModelFamily
 from text_generation_router.token_stream import Timings, TokenStream
 from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.valid_request import ValidRequest
-from text_generation_router.validation import Limits, PromptEncoder, Validator
+from text_generation_router.validation import GrammarCompiler, Limits, PromptEncoder, Validator
 
 
 class Engine(Protocol):
@@ -91,12 +91,13 @@ class Context:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     metrics: Metrics
+    grammars: GrammarCompiler | None = None  # None where no grammar can be followed
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)
 
     def __post_init__(self) -> None:
-        self.validator = Validator(self.config, self.engine.limits, self.tokenizer)
+        self.validator = Validator(self.config, self.engine.limits, self.tokenizer, self.grammars)
         self.permits = Permits(self.config.max_concurrent_requests)
 
     @property

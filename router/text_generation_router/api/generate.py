@@ -13,6 +13,7 @@ from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generate_schema import COMPATIBLE_BODY, GENERATE_BODY, GENERATE_PARAMETERS
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
 from text_generation_router.errors import ShuttingDown
@@ -85,6 +86,7 @@ def read_call(
         top_n_tokens=parameters.integer("top_n_tokens"),
         watermark=parameters.boolean("watermark"),
         prefill_details=parameters.boolean("decoder_input_details"),
+        grammar=read_grammar(parameters.object("grammar")),
         unsupported=tuple(parameters.refused()),
     )
     return GenerateCall(

@@ -1,5 +1,6 @@
 """The bodies of TGI's own dialect."""
 
+from text_generation_router.api.grammars import GRAMMAR
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
 
 STOP = Parameter(
@@ -87,7 +88,7 @@ GENERATE_PARAMETERS = ObjectSchema(
             range_name="top_n_tokens",
         ),
         Parameter("watermark", Kind.BOOLEAN, "Whether to watermark the text.", False),
-        Parameter("grammar", Kind.REFUSED, "A grammar that the text must follow."),
+        Parameter("grammar", Kind.OBJECT, "The form that the text must have. Not with `ignore_eos`.", inner=GRAMMAR),
         Parameter("adapter_id", Kind.REFUSED, "An adapter to use; none are loaded."),
     ),
 )

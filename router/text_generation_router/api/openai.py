@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from text_generation_router.api.context import Context
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest
+from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.openai_schema import MAX_MODEL_NAME_CHARACTERS, MAX_USER_CHARACTERS
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.token_stream import FinishReason
@@ -31,18 +32,15 @@ def read_options(
     names: dict[str, str],
     top_n_tokens: int | None = None,
     user: str | None = None,
-    unsupported: Sequence[str] = (),
 ) -> GenerationOptions:
     """Read the parameters that both routes know. These routes sample unless the temperature is 0.
 
-    `user` is another name for the end user; `unsupported` are names of what else is not honoured.
+    `user` is another name for the end user.
     """
     shared = read_shared_options(body, is_stream)
-    unsupported = [*body.refused(), *unsupported]
+    unsupported = body.refused()
     if body.mapping("logit_bias"):
         unsupported.append("logit_bias")
-    if asks_for_format(body):
-        unsupported.append("response_format")
     max_new_tokens, max_tokens_name = _read_max_tokens(body)
     return replace(
         shared,
@@ -57,16 +55,11 @@ def read_options(
         presence_penalty=body.number("presence_penalty"),
         n=body.integer("n"),
         top_n_tokens=top_n_tokens,
+        grammar=read_grammar(body.object("response_format")),
         unsupported=tuple(unsupported),
         user=read_user(body, "user") or user,
-        names={"max_new_tokens": max_tokens_name, **names},
+        names={"max_new_tokens": max_tokens_name, "grammar": "response_format", **names},
     )
-
-
-def asks_for_format(body: Fields) -> bool:
-    """Whether `response_format` is given and asks for anything but text."""
-    response_format = body.mapping("response_format")
-    return response_format is not None and response_format.get("type") != "text"
 
 
 def read_user(body: Fields, name: str) -> str | None:

@@ -8,6 +8,7 @@ from text_generation_router.api.generate_schema import (
     STOP,
     TYPICAL_P,
 )
+from text_generation_router.api.grammars import GRAMMAR
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
 
 MAX_MODEL_NAME_CHARACTERS = 256
@@ -99,8 +100,8 @@ SHARED = (
     Parameter(
         "response_format",
         Kind.OBJECT,
-        "The form of the text. Not supported: `text` only.",
-        json={"properties": {"type": {"const": "text"}}},
+        "The form that the text must have. Not with `ignore_eos` or tools.",
+        inner=GRAMMAR,
     ),
     Parameter(
         "user",
@@ -142,6 +143,6 @@ COMPLETIONS_BODY = ObjectSchema(
         Parameter("suffix", Kind.REFUSED, "Text after the completion; no model here fills gaps.", neutral=("",)),
         Parameter("echo", Kind.REFUSED, "Whether the text begins with the prompt.", neutral=(False,)),
         Parameter("logprobs", Kind.REFUSED, "Log-probabilities of the tokens.", neutral=(False,)),
-        Parameter("grammar", Kind.REFUSED, "A grammar that the text must follow."),
+        Parameter("grammar", Kind.REFUSED, "Use `response_format`."),
     ),
 )
