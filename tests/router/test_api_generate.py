@@ -186,12 +186,6 @@ VALIDATION_ERRORS = [
     ("stop", [""], "`stop` strings must have 1 to"),
     ("watermark", True, "`watermark` is not supported"),
     ("grammar", {"type": "regex", "value": "refused"}, "`grammar` cannot be used: it is refused"),
-    ("grammar", {"type": "regex"}, "`value` must be a regular expression"),
-    ("grammar", {"type": "json", "value": 1}, "`value` must be a JSON schema"),
-    ("grammar", {"type": "json_schema", "value": {"name": "a"}}, "`schema` is missing"),
-    ("grammar", {"type": "json_schema"}, "`value` must be an object"),
-    ("grammar", {"type": "yaml"}, "`type` must be text, json_object"),
-    ("grammar", {}, "`type` is missing"),
     ("adapter_id", "x", "`adapter_id` is not supported"),
 ]
 

@@ -55,6 +55,29 @@ def test_every_route_takes_both_shapes(serving, value, expected):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"type": "regex"}, "`value` must be a regular expression"),
+        ({"type": "json", "value": 1}, "`value` must be a JSON schema"),
+        ({"type": "json_schema", "value": {"name": "a"}}, "`schema` is missing"),
+        ({"type": "json_schema"}, "`value` must be an object"),
+        ({"type": "yaml"}, "`type` must be text, json_object"),
+        ({}, "`type` is missing"),
+    ],
+)
+def test_wrong_shapes(serving, value, text):
+    async def run():
+        async with serving() as served:
+            for path in ("/generate", "/generate_stream"):
+                body = {"inputs": "a", "parameters": {"grammar": value}}
+                async with served.client.post(path, json=body) as response:
+                    assert response.status == 422
+                    assert (await response.json())["error"].startswith(f"Input validation error: {text}")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
     ("family", "prompt_end", "begun", "reasoning"),
     [
         (NO_REASONING, "", None, "none"),

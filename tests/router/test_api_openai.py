@@ -155,7 +155,11 @@ CHAT_ERRORS = [
         "response_format.json_schema.schema",
         "`schema` is missing",
     ),
-    ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "response_format", "and `ignore_eos` exclude"),
+    (
+        {"response_format": {"type": "json_object"}, "ignore_eos": True},
+        "response_format",
+        "`response_format` and `ignore_eos` exclude",
+    ),
     ({"tools": [{"type": "function"}]}, "tools.function", "`function` is missing"),
     ({"tool_choice": "required"}, "tool_choice", "`tool_choice` is `required`, but there are no"),
     ({"max_tokens": 0}, "max_tokens", "`max_new_tokens` must be strictly positive"),
