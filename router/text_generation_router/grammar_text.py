@@ -48,8 +48,8 @@ def canonical_text(grammar: Grammar) -> str:
     if not isinstance(schema, dict):
         raise RefusedGrammar("must be a JSON schema: an object, or true")
     _check_depth(schema)
-    check_schema(schema)
     schema = _without_neutral(schema)
+    check_schema(schema)
     if _can_be_closed(schema):
         schema = _closed(schema)
     schema = schema | {_OPTIONS: {"whitespace_pattern": WHITE_SPACE}}

@@ -223,8 +223,9 @@ class Validator:
             )
             if getattr(options, name) not in (None, neutral)
         ]
-        for name in (*refused, *options.unsupported):
-            raise self._error(options, name, "is not supported by this server")
+        # The dialect has given its own names for these.
+        for param in (*map(options.client_name, refused), *options.unsupported):
+            raise ValidationError(f"`{param}` is not supported by this server", param=param)
 
     def _check_token_ids(self, token_ids: list[int], options: GenerationOptions) -> None:
         vocab_size = self._limits.vocab_size

@@ -16,8 +16,10 @@ from text_generation_router.app import Server, bind
 from text_generation_router.config import RouterConfig
 from text_generation_router.conversation import Conversation
 from text_generation_router.errors import IncompleteGeneration, RouterError, ShuttingDown, TemplateError
+from text_generation_router.grammar import Grammar
 from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
+from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
 from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.valid_request import ValidRequest
@@ -62,6 +64,15 @@ class FakeTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.token_text(token_id).encode()
+
+
+class FakeGrammars:
+    """Every grammar's canonical text is its own, after its kind and reasoning; one that says so is refused."""
+
+    async def compile(self, grammar: Grammar) -> str:
+        if "refused" in grammar.text:
+            raise RefusedGrammar("is refused")
+        return f"{grammar.kind} {grammar.reasoning} {grammar.text}"
 
 
 class FakeChatTemplate:
@@ -167,7 +178,7 @@ async def _serving(engine: FakeEngine | None = None, **config: object) -> AsyncI
     settings = RouterConfig(**({"model_id": "org/model", "graceful_termination_timeout_s": 1.0} | config))
     metrics = Metrics()
     metrics.set_limits(engine.limits.max_input_tokens, engine.limits.max_total_tokens)
-    context = Context(settings, engine, FakeTokenizer(), FakeChatTemplate(), metrics, version="4.0.0")
+    context = Context(settings, engine, FakeTokenizer(), FakeChatTemplate(), metrics, FakeGrammars(), version="4.0.0")
     listeners = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
     url, metrics_url = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
     server = Server(context, *listeners)

@@ -185,7 +185,7 @@ VALIDATION_ERRORS = [
     ("stop", ["a"] * 5, "`stop` takes at most 4"),
     ("stop", [""], "`stop` strings must have 1 to"),
     ("watermark", True, "`watermark` is not supported"),
-    ("grammar", {"type": "regex", "value": "a+"}, "`grammar` is not supported"),
+    ("grammar", {"type": "regex", "value": "refused"}, "`grammar` cannot be used: it is refused"),
     ("adapter_id", "x", "`adapter_id` is not supported"),
 ]
 

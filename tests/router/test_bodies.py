@@ -27,7 +27,7 @@ BAD_BODIES = [
     (b'{"inputs":"a","parameters":{"do_sample":1}}', {}, 422, "`do_sample` must be a boolean"),
     (b'{"inputs":"a","parameters":{"stop":[1]}}', {}, 422, "`stop` must be a string or a list"),
     (b'{"inputs":"a","parameters":{"seed":18446744073709551616}}', {}, 422, "`seed` must be an integer"),
-    (b'{"inputs":"a","parameters":{"grammar":"x"}}', {}, 422, "`grammar` is not supported"),
+    (b'{"inputs":"a","parameters":{"grammar":"x"}}', {}, 422, "`grammar` must be an object"),
     (b'{"inputs":"a"}', {"Content-Encoding": "gzip"}, 415, "compressed request bodies"),
     (b'{"inputs":"' + b"a" * 3000 + b'"}', {}, 413, "the body must have at most 2500 bytes"),
 ]

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import ValidationError
+from text_generation_router.grammar import Grammar
+from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.validation import GenerationOptions, Validator
 
 
@@ -111,17 +113,46 @@ def test_values_fit_the_protocol():
 
 
 def test_logged_options_hold_no_text():
-    options = GenerationOptions(temperature=0.5, stop=("secret",), unsupported=(), names={"inputs": "prompt"})
-    assert options.given() == {"temperature": 0.5, "num_stop_strings": 1}
+    options = GenerationOptions(
+        temperature=0.5, stop=("secret",), names={"inputs": "prompt"}, grammar=Grammar.from_regex("secret")
+    )
+    assert options.given() == {"temperature": 0.5, "num_stop_strings": 1, "grammar": "regex"}
 
 
-GRAMMAR_NAMES = ["grammar", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"]
+class Grammars:
+    async def compile(self, grammar):
+        if grammar.text == "bad":
+            raise RefusedGrammar("is bad")
+        return f"canonical {grammar.text}"
 
 
-@pytest.mark.parametrize("name", [*GRAMMAR_NAMES, "tools"])
-def test_grammars_can_be_switched_off(name):
-    validator = Validator(RouterConfig(disable_grammar_support=True), Limits(40, 50), WordEncoder())
-    reason = "switched off by --disable-grammar-support" if name in GRAMMAR_NAMES else "not supported"
-    with pytest.raises(ValidationError, match=f"`{name}` is {reason}") as caught:
-        validator.check_options(GenerationOptions(unsupported=(name,)))
-    assert caught.value.param == name
+@pytest.mark.parametrize(
+    ("is_off", "grammars", "ignore_eos", "reason"),
+    [
+        (True, Grammars(), False, "needs grammars, which are switched off by --disable-grammar-support"),
+        (False, None, False, "needs grammars, and what bytes this model's tokens stand for is not known"),
+        (False, Grammars(), True, "and `ignore_eos` exclude each other"),
+    ],
+)
+def test_where_no_grammar_can_be_followed(is_off, grammars, ignore_eos, reason):
+    config = RouterConfig(disable_grammar_support=is_off)
+    validator = Validator(config, Limits(40, 50), WordEncoder(), grammars)
+    options = GenerationOptions(
+        grammar=Grammar.any_object(), ignore_eos=ignore_eos, names={"grammar": "response_format"}
+    )
+    with pytest.raises(ValidationError, match=f"`response_format` {reason}") as caught:
+        validator.check_options(options)
+    assert caught.value.param == "response_format"
+
+
+def test_grammars_are_compiled_or_refused():
+    validator = Validator(RouterConfig(), Limits(40, 50), WordEncoder(), Grammars())
+
+    def validated(text):
+        return asyncio.run(validator.validate("a b", GenerationOptions(grammar=Grammar.from_regex(text))))
+
+    assert validated("good").grammar == "canonical good"
+    with pytest.raises(ValidationError, match="`grammar` cannot be used: it is bad") as caught:
+        validated("bad")
+    assert caught.value.param == "grammar"
+    assert asyncio.run(validator.validate("a", GenerationOptions())).grammar == ""

@@ -49,9 +49,10 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     context.validator.check_options(call.options)
     prompt = await render_prompt(context, call.conversation)
     options = call.options
-    shown, grammar = shown_special_ids(context, call), answer_grammar(context, call, prompt)
-    if shown or grammar is not options.grammar:
-        options = replace(options, shown_special_ids=shown, grammar=grammar)
+    if shown := shown_special_ids(context, call):
+        options = replace(options, shown_special_ids=shown)
+    if options.grammar is not None:
+        options = replace(options, grammar=answer_grammar(context, call, prompt))
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))

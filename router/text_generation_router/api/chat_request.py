@@ -47,23 +47,24 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
     if tools.shown and options.grammar is not None:
         raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
     body.string("prompt_cache_key")
-    forced = _forced_call(tools, family, options.names)
+    forced_call = _forced_call(tools, family)
+    if forced_call is not None:
+        options = replace(options, grammar=forced_call, names=options.names | {"grammar": "tools"})
     return ChatCall(
         conversation=_read_conversation(body, tools),
         tools=tools,
         model=read_model_name(body),
-        options=replace(options, **forced) if forced else options,
+        options=options,
         has_logprobs=body.boolean("logprobs"),
         includes_usage=read_includes_usage(body),
     )
 
 
-def _forced_call(tools: ToolUse, family: ModelFamily, names: dict[str, str]) -> dict[str, Any]:
-    """The options of an answer that a grammar makes a call, or the choice of none."""
+def _forced_call(tools: ToolUse, family: ModelFamily) -> Grammar | None:
+    """The grammar of an answer that must be a call, or the choice of none; None for any other answer."""
     if not _is_forced(tools, family):
-        return {}
-    grammar = tool_grammar(tools.shown, may_call_none=tools.choice is ToolChoice.AUTO)
-    return {"grammar": grammar, "names": names | {"grammar": "tools"}}
+        return None
+    return tool_grammar(tools.shown, may_call_none=tools.choice is ToolChoice.AUTO)
 
 
 def _is_forced(tools: ToolUse, family: ModelFamily) -> bool:

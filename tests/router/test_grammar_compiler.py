@@ -1,0 +1,160 @@
+"""Real workers: absurd grammars are refused in bounded time, end with their process, and hold up nobody else."""
+
+import asyncio
+import os
+import time
+
+import pytest
+from text_generation_router.errors import Overloaded
+from text_generation_router.grammar import Grammar
+from text_generation_router.grammar_compiler import (
+    MAX_GRAMMAR_BYTES,
+    MAX_WAITING,
+    TIME_LIMIT_S,
+    GrammarCompiler,
+    Outcome,
+    OutcomeCache,
+)
+from text_generation_router.schema_checks import RefusedGrammar
+
+TOKENS = [bytes([byte]) for byte in range(256)] + [b'{"', b"abc", b""]
+EOS = len(TOKENS) - 1
+
+
+class Shard:
+    """Notes what it is to be ready for; cannot be for texts with `unready` in them."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    async def prepare(self, text: str) -> str:
+        self.texts.append(text)
+        return "too large for me" if "unready" in text else ""
+
+
+def with_compiler(test) -> None:
+    async def run() -> None:
+        shard = Shard()
+        compiler = GrammarCompiler(TOKENS, [EOS], shard.prepare)
+        compiler.start()
+        try:
+            await test(compiler, shard)
+        finally:
+            await compiler.close()
+        assert not compiler._workers
+
+    asyncio.run(run())
+
+
+def multiple_of(number: int) -> Grammar:
+    """With a large prime, an automaton of as many states."""
+    return Grammar.from_schema({"type": "integer", "multipleOf": number})
+
+
+def test_good_and_bad_grammars():
+    async def test(compiler, shard):
+        text = await compiler.compile(Grammar.from_schema({"type": "boolean"}))
+        assert '"boolean"' in text
+        assert shard.texts == [text]
+        assert await compiler.compile(Grammar.from_schema({"type": "boolean"})) == text
+        assert shard.texts == [text, text]  # it may have forgotten it
+        with pytest.raises(RefusedGrammar, match="`not`"):
+            await compiler.compile(Grammar.from_schema({"not": {}}))
+        with pytest.raises(RefusedGrammar, match="regex"):
+            await compiler.compile(Grammar.from_regex("("))
+        with pytest.raises(RefusedGrammar, match="too large for me"):
+            await compiler.compile(Grammar.from_regex("unready"))
+        with pytest.raises(RefusedGrammar, match="at most"):
+            await compiler.compile(Grammar.from_regex("a" * (MAX_GRAMMAR_BYTES + 1)))
+
+    with_compiler(test)
+
+
+def deep(levels: int) -> dict:
+    schema: dict = {"type": "string"}
+    for number in range(levels):
+        inner = {"type": "object", "properties": {f"a{number}": schema, f"b{number}": schema}}
+        schema = {"anyOf": [inner, {"type": "array", "items": schema}]}
+    return schema
+
+
+HOSTILE = {
+    "automaton": multiple_of(9_999_991),
+    "intersection": Grammar.from_schema(
+        {"type": "string", "allOf": [{"pattern": f"[a-z]*{chr(97 + n % 26)}[a-z]{{{n}}}"} for n in range(30)]}
+    ),
+    "repetition": Grammar.from_regex("((a{1,100}){1,100}){1,100}"),
+    "nesting": Grammar.from_schema('{"items":' * 120 + "{}" + "}" * 120),
+    "recursion": Grammar.from_schema({"type": "array", "items": {"$ref": "#"}, "minItems": 1}),
+    "many optional members": Grammar.from_schema({"properties": {f"k{n}": {"type": "string"} for n in range(5000)}}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_absurd_grammars_are_refused(name):
+    """Each is followed by an honest one, which must not wait for it."""
+
+    async def test(compiler, shard):
+        await compiler.compile(Grammar.from_regex("first"))
+        started = time.monotonic()
+        hostile = asyncio.create_task(compiler.compile(HOSTILE[name]))
+        await asyncio.sleep(0)
+        await compiler.compile(Grammar.from_regex("honest"))
+        with pytest.raises(RefusedGrammar):
+            await hostile
+        first_s = time.monotonic() - started
+        with pytest.raises(RefusedGrammar):  # remembered
+            await compiler.compile(HOSTILE[name])
+        assert len(shard.texts) == 2
+        assert first_s < 60  # a hang, not a figure
+
+    with_compiler(test)
+
+
+def test_the_process_of_a_late_grammar_ends():
+    async def test(compiler, shard):
+        await compiler.compile(Grammar.from_regex("first"))
+        before = {worker._process.pid for worker in compiler._workers}
+        with pytest.raises(RefusedGrammar, match=f"{TIME_LIMIT_S:g} s"):
+            await compiler.compile(multiple_of(9_999_991))
+        left = {worker._process.pid for worker in compiler._workers}
+        assert before - left or not before & left
+        for pid in before - left:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    with_compiler(test)
+
+
+def test_a_client_that_leaves_takes_nothing_from_others():
+    async def test(compiler, shard):
+        grammar = Grammar.from_regex("shared")
+        first, second = (asyncio.create_task(compiler.compile(grammar)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert "shared" in await second
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    with_compiler(test)
+
+
+def test_a_queue_that_is_too_long_is_refused():
+    async def test(compiler, shard):
+        tasks = [asyncio.create_task(compiler.compile(Grammar.from_regex(f"a{n}"))) for n in range(MAX_WAITING + 1)]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes[-1:]] == [Overloaded]
+        assert all(isinstance(outcome, str) for outcome in outcomes[:-1])
+
+    with_compiler(test)
+
+
+def test_the_least_recently_used_outcomes_are_forgotten():
+    cache = OutcomeCache(max_bytes=3000)
+    grammars = [Grammar.from_regex(f"{n}" * 500) for n in range(4)]
+    for grammar in grammars[:3]:
+        cache.put(grammar, Outcome("x" * 100))
+    assert cache.get(grammars[0]) == Outcome("x" * 100)
+    cache.put(grammars[3], Outcome(refusal="no"))
+    assert cache.get(grammars[1]) is None
+    assert all(cache.get(grammars[n]) is not None for n in (0, 2, 3))
