@@ -248,8 +248,10 @@ def sample(
     top_p: torch.Tensor,  # [B]; 1: off
     seeds: torch.Tensor,  # [B]
     positions: torch.Tensor,  # [B]
+    min_p: torch.Tensor | None = None,  # [B]; 0: off, as for all rows without it
+    typical_p: torch.Tensor | None = None,  # [B]; 1: off, as for all rows without it
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each row, [B] int64, and its log-probability after temperature, top-k and top-p, [B] float32.
+    """A token for each row, [B] int64, and its log-probability after all that filtered the row, [B] float32.
 
     The parameters may stay on the CPU: they decide what is computed, and reading them there waits for no GPU.
     A row without finite logits gets some token of the vocabulary; `finite_rows` tells which those are.
@@ -266,7 +268,13 @@ def sample(
     rows = random.to(logits.device)
     numbers = uniform(seeds[random], positions[random]).to(logits.device)
     tokens[rows], logprobs[rows] = _choose_at_random(
-        logits[rows].float(), temperatures[random], top_k[random], top_p[random], numbers
+        logits[rows].float(),
+        temperatures[random],
+        top_k[random],
+        top_p[random],
+        numbers,
+        None if min_p is None else min_p[random],
+        None if typical_p is None else typical_p[random],
     )
     return tokens, logprobs
 
@@ -283,6 +291,8 @@ def _choose_at_random(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     numbers: torch.Tensor,  # [R] float64 in [0, 1)
+    min_p: torch.Tensor | None,
+    typical_p: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of the cumulative distribution in token-id order."""
     # Relative to the best token, so that no temperature, however small, overflows.
@@ -290,6 +300,10 @@ def _choose_at_random(
     _keep_top_k(logits, top_k)
     probabilities = logits.softmax(dim=-1)
     _keep_top_p(probabilities, top_p)
+    if min_p is not None:
+        _keep_min_p(probabilities, min_p)
+    if typical_p is not None:
+        _keep_typical(probabilities, typical_p)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Strictly below the total: the product may round up to it, and no token lies beyond.
@@ -328,6 +342,35 @@ def _keep_top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> None:
     is_tie = candidates == least
     is_kept = (candidates > least) | (is_tie & (is_tie.cumsum(dim=-1) <= num_ties))
     probabilities[rows] = candidates.masked_fill(~is_kept, 0)
+
+
+def _keep_min_p(weights: torch.Tensor, min_p: torch.Tensor) -> None:
+    """Set to 0 what is less than `min_p` times as likely as the best token, which always stays."""
+    rows = (min_p > 0).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return
+    share, rows = min_p[rows].to(weights).clamp(max=1).unsqueeze(1), rows.to(weights.device)
+    candidates = weights[rows]
+    weights[rows] = candidates.masked_fill(candidates < share * candidates.amax(dim=-1, keepdim=True), 0)
+
+
+def _keep_typical(weights: torch.Tensor, typical_p: torch.Tensor) -> None:
+    """Keep the tokens whose surprise is nearest to the entropy until they hold `typical_p`; ties with the last stay."""
+    rows = (typical_p < 1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return
+    wanted, rows = typical_p[rows].to(weights.device).double().unsqueeze(1), rows.to(weights.device)
+    probabilities = weights[rows].double()
+    probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    surprise = -probabilities.log()
+    entropy = (probabilities * surprise).nan_to_num_(0).sum(dim=-1, keepdim=True)
+    # Dropped tokens are infinitely far. Float32: nearly equal distances are ties, as they are to the kernel.
+    distance = (surprise - entropy).abs_().float()
+    ordered, order = distance.sort(dim=-1, stable=True)
+    held = probabilities.gather(1, order).cumsum(dim=-1)
+    num_below = (held < wanted).sum(dim=-1, keepdim=True).clamp(max=weights.shape[1] - 1)
+    farthest = ordered.gather(1, num_below)
+    weights[rows] = weights[rows].masked_fill(distance > farthest, 0)
 
 
 def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tensor) -> None:

@@ -59,7 +59,12 @@ def _pack_sequence(sequence: NewSequence) -> pb.NewSequence:
         num_computed_tokens=sequence.num_computed_tokens,
         block_ids=pack_int32(sequence.block_ids),
         sampling=pb.SamplingParameters(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            min_p=sampling.min_p,
+            typical_p=sampling.typical_p,
         ),
         grammar=sequence.grammar,
     )

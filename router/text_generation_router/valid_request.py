@@ -10,6 +10,8 @@ class SamplingParameters:
     temperature: float = 0.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    typical_p: float = 1.0  # 1: off
     seed: int = 0  # [0, 2**64)
 
 

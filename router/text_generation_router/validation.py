@@ -214,8 +214,6 @@ class Validator:
                 ("repetition_penalty", 1),
                 ("frequency_penalty", 0),
                 ("presence_penalty", 0),
-                ("typical_p", None),
-                ("min_p", 0),
                 ("top_n_tokens", 0),
                 ("best_of", 1),
                 ("n", 1),
@@ -251,7 +249,8 @@ class Validator:
     def _sampling(self, options: GenerationOptions) -> SamplingParameters:
         """Sampling is on when asked for, or when a parameter is set that only sampling honours."""
         temperature = 1.0 if options.temperature is None else options.temperature
-        is_sampled = options.do_sample or temperature != 1.0 or options.top_k is not None or options.top_p is not None
+        filters = (options.top_k, options.top_p, options.typical_p, options.min_p or None)
+        is_sampled = options.do_sample or temperature != 1.0 or any(value is not None for value in filters)
         if options.is_greedy or not is_sampled:
             return SamplingParameters()
         # 53 bits: the reported seed survives clients that read numbers as doubles.
@@ -261,5 +260,7 @@ class Validator:
             temperature=min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE),
             top_k=top_k if top_k < self._limits.vocab_size else 0,
             top_p=1.0 if options.top_p is None else options.top_p,
+            min_p=options.min_p or 0.0,
+            typical_p=1.0 if options.typical_p is None else options.typical_p,
             seed=seed,
         )

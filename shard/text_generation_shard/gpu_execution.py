@@ -87,6 +87,8 @@ def _buffers(
         "temperatures": (np.float32, num_rows),
         "top_k": (np.int32, num_rows),
         "top_p": (np.float32, num_rows),
+        "min_p": (np.float32, num_rows),
+        "typical_p": (np.float32, num_rows),
         "seeds": (np.int64, num_rows),
         "sampling_positions": (np.int64, num_rows),
         "mask_rows": (np.int32, num_rows),
@@ -236,8 +238,6 @@ class GpuExecution:
         self._last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._block_tables = torch.zeros(num_rows, limits.max_blocks_per_sequence, dtype=torch.int32, device=device)
         self._sampled_hidden = torch.zeros(num_rows, self._model.hidden_size, dtype=self._model.dtype, device=device)
-        self._no_min_p = torch.zeros(num_rows, device=device)
-        self._no_typical_p = torch.ones(num_rows, device=device)
         self._masks = torch.zeros(num_rows, num_words(limits.vocab_size), dtype=torch.int32, device=device)
         self._host_masks: Iterator[torch.Tensor] | None = None
         self._output = torch.zeros(NUM_OUTPUT_COLUMNS, num_rows, dtype=torch.int32, device=device)
@@ -358,6 +358,8 @@ class GpuExecution:
             "temperatures": (batch.temperatures[rows], 0),
             "top_k": (batch.top_k[rows], 0),
             "top_p": (batch.top_p[rows], 1),
+            "min_p": (batch.min_p[rows], 0),
+            "typical_p": (batch.typical_p[rows], 1),
             "seeds": (batch.seeds[rows].view(np.int64), 0),
             "sampling_positions": (inputs.sampling_positions, 0),
         }
@@ -390,8 +392,8 @@ class GpuExecution:
                 temperatures=column["temperatures"],
                 top_k=column["top_k"],
                 top_p=column["top_p"],
-                min_p=self._no_min_p[:num_samples],
-                typical_p=self._no_typical_p[:num_samples],
+                min_p=column["min_p"],
+                typical_p=column["typical_p"],
                 seeds=column["seeds"],
                 positions=column["sampling_positions"],
             )

@@ -33,6 +33,8 @@ class InputBatch:
         self.temperatures = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
         self.top_p = np.ones(capacity, np.float32)
+        self.min_p = np.zeros(capacity, np.float32)
+        self.typical_p = np.ones(capacity, np.float32)
         self.seeds = np.zeros(capacity, np.uint64)
         self._known_tokens: dict[int, Int32Array] = {}  # sequence id -> tokens, until all are computed
         self._rows: dict[int, int] = {}  # sequence id -> row
@@ -183,6 +185,8 @@ class InputBatch:
         self.temperatures[row] = sequence.temperature
         self.top_k[row] = min(sequence.top_k, self.limits.vocab_size)
         self.top_p[row] = sequence.top_p
+        self.min_p[row] = sequence.min_p
+        self.typical_p[row] = sequence.typical_p
         self.seeds[row] = sequence.seed
         return None
 
@@ -197,6 +201,10 @@ class InputBatch:
             return f"temperature is {sequence.temperature}"
         if sequence.temperature > 0.0 and not 0.0 < sequence.top_p <= 1.0:
             return f"top_p is {sequence.top_p}"
+        if sequence.temperature > 0.0 and not 0.0 <= sequence.min_p <= 1.0:
+            return f"min_p is {sequence.min_p}"
+        if sequence.temperature > 0.0 and not 0.0 < sequence.typical_p <= 1.0:
+            return f"typical_p is {sequence.typical_p}"
         return None
 
     def _grow(self, plan: StepPlan) -> None:

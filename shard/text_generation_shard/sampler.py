@@ -47,5 +47,7 @@ def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tupl
         torch.from_numpy(batch.seeds[rows].view(np.int64)),
         # The random number belongs to the token's place in its sequence: a recomputed sequence draws the same.
         torch.from_numpy(inputs.sampling_positions),
+        torch.from_numpy(batch.min_p[rows]),
+        torch.from_numpy(batch.typical_p[rows]),
     )
     return torch.where(reference.finite_rows(logits), tokens, NO_TOKEN), logprobs

@@ -62,6 +62,8 @@ def _unpack_sequence(message: pb.NewSequence) -> NewSequence:
         top_k=message.sampling.top_k,
         top_p=message.sampling.top_p,
         seed=message.sampling.seed,
+        min_p=message.sampling.min_p,
+        typical_p=message.sampling.typical_p or 1.0,
         grammar=message.grammar,
     )
 

@@ -26,6 +26,8 @@ class NewSequence:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     grammar: str = ""
 
 

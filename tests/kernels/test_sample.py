@@ -132,3 +132,24 @@ def test_tiny_temperature_is_greedy(temperature: float) -> None:
     tokens, logprobs = sample(logits, temperature)
     assert tokens.tolist() == [1]
     assert logprobs.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("min_p", "typical_p"), [(0.05, 1.0), (0.0, 0.6), (0.02, 0.8)])
+def test_min_p_and_typical_p_keep_what_transformers_keeps(min_p: float, typical_p: float) -> None:
+    from transformers import MinPLogitsWarper, TypicalLogitsWarper
+
+    row = torch.randn(1, 60, generator=torch.Generator().manual_seed(9)) * 2
+    kept = MinPLogitsWarper(min_p)(None, row.clone()) if min_p else row.clone()
+    kept = TypicalLogitsWarper(typical_p)(None, kept) if typical_p < 1 else kept
+    expected = kept.log_softmax(-1)[0]
+    rows, ones = 20_000, torch.ones(20_000)
+    tokens, logprobs = reference.sample(
+        row.repeat(rows, 1), ones, torch.zeros(rows), ones, torch.arange(rows), torch.zeros(rows).long(),
+        ones * min_p, ones * typical_p,
+    )  # fmt: skip
+    torch.testing.assert_close(logprobs, expected[tokens], atol=1e-5, rtol=0)
+    counts, wanted = tokens.bincount(minlength=60).double(), rows * expected.double().exp()
+    degrees = int((wanted > 0).sum()) - 1
+    statistic = float(((counts - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]).sum())
+    # The chi-square quantile at 1 - 1e-4, by Wilson and Hilferty.
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.719 * math.sqrt(2 / (9 * degrees))) ** 3

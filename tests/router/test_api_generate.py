@@ -166,7 +166,6 @@ VALIDATION_ERRORS = [
     ("top_p", 0.0, "`top_p` must be > 0.0 and < 1.0"),
     ("top_p", 1.0, "`top_p` must be > 0.0 and < 1.0"),
     ("typical_p", 1.0, "`typical_p` must be > 0.0 and < 1.0"),
-    ("typical_p", 0.5, "`typical_p` is not supported"),
     ("top_k", 0, "`top_k` must be strictly positive"),
     ("repetition_penalty", 0.0, "`repetition_penalty` must be strictly positive"),
     ("repetition_penalty", 1.1, "`repetition_penalty` is not supported"),

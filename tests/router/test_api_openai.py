@@ -144,7 +144,7 @@ CHAT_ERRORS = [
     ({"n": 2}, "n", "`n` is not supported"),
     ({"n": 0}, "n", "`n` must be >= 1"),
     ({"n": 10**9}, "n", "`n` must be >= 1"),
-    ({"min_p": 0.5}, "min_p", "`min_p` is not supported"),
+    ({"min_p": 1.5}, "min_p", "`min_p` must be >= 0.0 and <= 1.0"),
     ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "`top_logprobs` is not supported"),
     ({"top_logprobs": 6}, "top_logprobs", "`top_logprobs` must be >= 0 and <= 5"),
     ({"logprobs": 1}, "logprobs", "`logprobs` must be a boolean"),
