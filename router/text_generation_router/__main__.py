@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import signal
@@ -71,9 +70,7 @@ async def serve(config: RouterConfig) -> None:
         await server.start()
         if grammars is not None:
             grammars.start()
-        # What stands now stays; collections need not look at it again.
-        gc.collect()
-        gc.freeze()
+        engine.take_over_garbage()
         is_failed = await _ends_by_failure(engine, stop)
         await server.stop(grace_s=0.0 if is_failed else None)
         await engine.stop()

@@ -27,6 +27,7 @@ class Detokenizer:
         self._holds_prompt_only = False
         self._strips_space = False
         self._stepwise: _StepwiseDecoder | None = None
+        self._is_settled = False  # whether a token's text is what the vocabulary says, whatever came before
         if not vocabulary.is_bytewise:
             self._stepwise = _StepwiseDecoder(vocabulary, prompt_token_ids)
             return
@@ -34,13 +35,12 @@ class Detokenizer:
         _, self._held = _settle(tail)
         self._holds_prompt_only = bool(self._held)
         self._strips_space = vocabulary.strips_first_space and not tail
+        self._is_settled = not self._held and not self._strips_space
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" for a special token."""
         text = self._texts[token_id]
-        if text is None or self._held or self._strips_space or self._stepwise is not None:
-            return self._push_slowly(token_id)
-        return text
+        return self._push_slowly(token_id) if text is None or not self._is_settled else text
 
     def flush(self) -> str:
         """What is still held back, once no more tokens come."""
@@ -64,6 +64,7 @@ class Detokenizer:
         if self._strips_space:
             self._strips_space = False
             text = text.removeprefix(" ")
+        self._is_settled = not self._held
         return text
 
 

@@ -1,7 +1,8 @@
 """The engine: the loop around the scheduler. Takes requests, keeps two plans in flight, publishes tokens.
 
 A plan that is due leaves before the tokens of the last result are turned into text, so that the shards never wait for
-the router's output work; one with time to spare waits for requests that still arrive (`plan_timing.py`).
+the router's output work, which is done in short slices; one with time to spare waits for requests that still arrive
+(`plan_timing.py`).
 """
 
 import asyncio
@@ -14,16 +15,16 @@ from text_generation_router.config import RouterConfig
 from text_generation_router.errors import (
     GenerationError,
     IncompleteGeneration,
-    InternalError,
-    RouterError,
     ShuttingDown,
     Unhealthy,
 )
+from text_generation_router.garbage import GarbageCollection
 from text_generation_router.limits import Limits, derive_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
-from text_generation_router.scheduler import Progress, Scheduler, SchedulerLimits
+from text_generation_router.publisher import Publisher
+from text_generation_router.scheduler import Scheduler, SchedulerLimits
 from text_generation_router.shard_client import ShardClient, ShardFailure
 from text_generation_router.shard_progress import ShardProgress
 from text_generation_router.step import PlanInFlight, StepPlan, StepResult
@@ -59,11 +60,13 @@ class Engine:
         self._progress = progress
         self._tokenizer = tokenizer
         self._report = StepReport(metrics, scheduler)
-        self._outputs: dict[int, SequenceOutput] = {}  # by sequence id
+        self._publisher = Publisher(scheduler, self._report)
+        self._garbage = GarbageCollection()
         self._in_flight: deque[PlanInFlight] = deque()
         self._timing = PlanTiming()
         self._due: asyncio.TimerHandle | None = None  # wakes the loop when a plan that is held back must leave
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[StepResult, int]] = deque()  # with the time at which it came
+        self._is_probe_due = False
         self._wakeup = asyncio.Event()
         self._failure: ShardFailure | None = None
         self._is_draining = False
@@ -71,6 +74,7 @@ class Engine:
         self._is_over = False  # the drain has ended: what is not queued by now never will be
         self.failed = asyncio.Event()  # the shards are lost, or the loop is: nothing can be served any more
         self._loop_task: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
 
     # The requests' side.
 
@@ -84,7 +88,7 @@ class Engine:
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(sequence.num_prompt_tokens, sequence.sequence_id, timings)
         try:
-            self._outputs[sequence.sequence_id] = SequenceOutput(sequence, stream, self._tokenizer)
+            self._publisher.add(SequenceOutput(sequence, stream, self._tokenizer))
         except Exception:
             self._scheduler.finish(sequence)
             raise
@@ -100,11 +104,8 @@ class Engine:
 
     def cancel(self, stream: TokenStream) -> None:
         """End a request whose client is gone; does nothing when it has ended already."""
-        output = self._outputs.pop(stream.sequence_id, None)
-        if output is not None:
-            self._scheduler.finish(output.sequence)
-            stream.fail(IncompleteGeneration())
-            self._wakeup.set()
+        self._publisher.cancel(stream.sequence_id, IncompleteGeneration())
+        self._wakeup.set()
 
     def start_drain(self) -> None:
         """Be unhealthy from now on, so that nobody sends more; what was admitted may still come and is served."""
@@ -113,7 +114,8 @@ class Engine:
     def end_all(self) -> None:
         """End what still runs with an error, and refuse whatever comes."""
         self._is_over = True
-        self._fail_all(IncompleteGeneration(": the server is shutting down"))
+        self._publisher.end_all(IncompleteGeneration(": the server is shutting down"))
+        self._wakeup.set()
 
     def is_healthy(self) -> bool:
         """Whether every rank answers and makes progress; cheap, and true however busy the server is."""
@@ -131,19 +133,25 @@ class Engine:
         """Connect to the shards' Run streams and start the loop."""
         self._shards.start(self._on_result, self._on_failure)
         self._loop_task = asyncio.create_task(self._run())
+        self._watch_task = asyncio.create_task(self._watch())
+
+    def take_over_garbage(self) -> None:
+        """Collect garbage when the loop has time for it, instead of when Python thinks fit."""
+        self._garbage.take_over()
 
     async def stop(self) -> None:
         """End the loop, not in the middle of a plan that some ranks have and others do not, and the connections."""
         self._is_stopping = True
         self._wakeup.set()
-        if self._loop_task is not None:
+        if self._loop_task is not None and self._watch_task is not None:
             await asyncio.wait({self._loop_task}, timeout=STOP_TIMEOUT_S)
             self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
+            self._watch_task.cancel()
+            await asyncio.gather(self._loop_task, self._watch_task, return_exceptions=True)
         await self._shards.close()
 
     def _on_result(self, result: StepResult) -> None:
-        self._results.append(result)
+        self._results.append((result, time.monotonic_ns()))
         self._wakeup.set()
 
     def _on_failure(self, failure: ShardFailure) -> None:
@@ -153,21 +161,18 @@ class Engine:
             self._wakeup.set()
 
     async def _run(self) -> None:
-        """The loop: receive, update, schedule, send, publish."""
+        """The loop: receive, update, schedule, send; publish while there is nothing of that to do."""
         try:
             while self._failure is None and not self._is_stopping:
-                await self._wait_for_work()
+                if self._results:
+                    self._receive()
+                elif self._publisher.has_work:
+                    await self._publish_slice()
+                else:
+                    self._garbage.collect_young(is_resting=True)
+                    await self._wakeup.wait()
+                    self._wakeup.clear()
                 await self._fill_pipeline()
-                while self._results:
-                    sent = self._in_flight.popleft()
-                    result = self._results.popleft()
-                    result_ns = time.monotonic_ns()
-                    self._timing.ended(sent, result, result_ns)
-                    progress = self._scheduler.update(result)
-                    try:
-                        await self._fill_pipeline()
-                    finally:
-                        self._publish(sent, result, progress, result_ns)
         except ShardFailure as failure:
             self._on_failure(failure)
         except Exception as error:
@@ -176,24 +181,40 @@ class Engine:
         finally:
             self._is_draining = True
             self._report.abandoned(self._in_flight)
-            self._fail_all(GenerationError("a shard failed"))
+            self._publisher.abandon(GenerationError("a shard failed"))
             self.failed.set()
 
-    async def _wait_for_work(self) -> None:
-        """Sleep until a request, a result or a failure comes; an idle engine sends a probe now and then."""
-        while not self._wakeup.is_set():
-            try:
-                async with asyncio.timeout(PROBE_INTERVAL_S):
-                    await self._wakeup.wait()
-            except TimeoutError:
-                if (rank := self._progress.overdue_rank()) is not None:
-                    self._on_failure(ShardFailure(f"shard {rank}: a step ran past its deadline"))
-                elif not self._in_flight:
-                    await self._send(self._scheduler.probe())
-        self._wakeup.clear()
+    async def _watch(self) -> None:
+        """Look now and then whether a shard is stuck; an idle one gets a probe."""
+        while self._failure is None:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            if (rank := self._progress.overdue_rank()) is not None:
+                self._on_failure(ShardFailure(f"shard {rank}: a step ran past its deadline"))
+            elif not self._in_flight:
+                self._is_probe_due = True
+                self._wakeup.set()
+            self._garbage.collect_all(is_idle=not self._in_flight)
+
+    def _receive(self) -> None:
+        sent, (result, result_ns) = self._in_flight.popleft(), self._results.popleft()
+        self._timing.ended(sent, result, result_ns)
+        self._publisher.put(sent, result, result_ns, self._scheduler.update(result))
+
+    async def _publish_slice(self) -> None:
+        started_ns = time.monotonic_ns()
+        self._publisher.publish_slice()
+        self._timing.published(time.monotonic_ns() - started_ns)
+        self._garbage.collect_young(is_resting=False)
+        await asyncio.sleep(0)  # results and requests may have come
 
     async def _fill_pipeline(self) -> None:
-        """Send plans while there is room for them and they are due."""
+        """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none."""
+        await self._send_plans()
+        if self._is_probe_due and not self._in_flight:
+            await self._send(self._scheduler.probe())
+        self._is_probe_due = False
+
+    async def _send_plans(self) -> None:
         while len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
             was_held = self._due is not None
             if self._in_flight and self._hold_back():
@@ -218,55 +239,10 @@ class Engine:
         now_ns = time.monotonic_ns()
         self._in_flight.append(PlanInFlight(plan, now_ns, is_held))
         for new in plan.new_sequences:
-            if (output := self._outputs.get(new.sequence_id)) is not None:
+            if (output := self._publisher.get(new.sequence_id)) is not None:
                 output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)
         await self._shards.send(plan)
         self._report.sent(plan)
-
-    def _publish(self, sent: PlanInFlight, result: StepResult, progress: list[Progress], result_ns: int) -> None:
-        """Turn a step's tokens into text, hand it to the readers, end what has ended, and count."""
-        started_ns = time.monotonic_ns()
-        touched = []
-        for change in progress:
-            output = self._outputs.get(change.sequence.sequence_id)
-            if output is None:
-                continue  # its client left while the next plan was being sent
-            if change.failure is not None:
-                self._fail(output, GenerationError(change.failure))
-                continue
-            try:
-                output.push(change.token_id, change.logprob, change.finish_reason)
-                touched.append(output)
-            except Exception:
-                logger.exception("The text of one sequence failed")
-                self._fail(output, InternalError())
-        texts_done_ns = time.monotonic_ns()
-        for output in touched:
-            try:
-                output.publish()
-            except Exception:
-                logger.exception("The events of one sequence failed")
-                self._fail(output, InternalError())
-                continue
-            if output.finish_reason is not None:
-                self._scheduler.finish(output.sequence)
-                del self._outputs[output.sequence.sequence_id]
-        self._timing.published(time.monotonic_ns() - started_ns)
-        self._report.ended(sent, result, result_ns, started_ns, texts_done_ns)
-
-    def _fail(self, output: SequenceOutput, error: RouterError) -> None:
-        del self._outputs[output.sequence.sequence_id]
-        self._scheduler.finish(output.sequence)
-        output.stream.fail(error)
-
-    def _fail_all(self, error: RouterError) -> None:
-        outputs, self._outputs = self._outputs, {}
-        for output in outputs.values():
-            output.stream.fail(error)
-        if self._failure is None:
-            for output in outputs.values():
-                self._scheduler.finish(output.sequence)
-        self._wakeup.set()
 
 
 async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics) -> Engine:

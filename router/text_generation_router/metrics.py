@@ -61,9 +61,9 @@ class Metrics:
         """A request's first token goes out, so long after the request was received."""
         self._time_to_first_token.observe(seconds)
 
-    def next_tokens_read(self, seconds: float, count: int) -> None:
-        """`count` more tokens of one request go out, so long after those before them."""
-        self._inter_token.observe(seconds / count, count)
+    def tokens_followed(self, seconds: float, count: int) -> None:
+        """`count` tokens came, each so long after the one before it in its request."""
+        self._inter_token.observe(seconds, count)
 
     def request_succeeded(self, timings: Timings, num_prompt: int, num_generated: int) -> None:
         """A request of `num_prompt` tokens ended well."""

@@ -15,6 +15,7 @@ class SequenceOutput:
         self.sequence = sequence
         self.stream = stream
         self.finish_reason: FinishReason | None = None
+        self.last_token_ns = 0  # when the newest token came; 0: none yet
         self._outputs: list[TokenOutput] = []
         self._special_texts = tokenizer.vocabulary.special_texts
         self._detokenizer = Detokenizer(tokenizer.vocabulary, request.token_ids)
@@ -27,7 +28,7 @@ class SequenceOutput:
         is_special = token_id in self._special_texts
         text = self._detokenizer.push(token_id)
         special_text = self._special_texts[token_id] if is_special else ""
-        if special_text and token_id in self.sequence.request.shown_special_ids:
+        if is_special and token_id in self.sequence.request.shown_special_ids:
             text, special_text = text + special_text, ""
         is_last = reason is not None
         if is_last:

@@ -29,7 +29,7 @@ class PlanTiming:
     def __init__(self) -> None:
         self._lead_ns = FIRST_LEAD_NS
         self._step_ns = 0  # how long the device was busy with the last step of decodes
-        self._publish_ns = 0  # how long the router was busy with the tokens of the last one
+        self._publish_ns = 0  # how long the router was last busy with tokens, without a look at anything else
         self._device_ns = 0  # the device's own time at the end of its last step: busy and idle times added up
         self._offsets_ns: deque[int] = deque(maxlen=NUM_RESULTS)  # from that time to the arrival of the result
 
@@ -58,5 +58,5 @@ class PlanTiming:
         self._offsets_ns.append(now_ns - self._device_ns)
 
     def published(self, duration_ns: int) -> None:
-        """The tokens of a result were turned into text, which kept the loop busy so long."""
+        """Tokens were turned into text, which kept the loop busy so long."""
         self._publish_ns = duration_ns

@@ -1,7 +1,6 @@
 """Tells the metrics what each step did: queue, batch, blocks, prefix cache and durations."""
 
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduler import Scheduler
@@ -44,22 +43,30 @@ class StepReport:
             self._num_preemptions = scheduler.num_preemptions
 
     def ended(
-        self, sent: PlanInFlight, result: StepResult, result_ns: int, texts_started_ns: int, texts_done_ns: int
+        self,
+        sent: PlanInFlight,
+        result: StepResult,
+        result_ns: int,
+        text_ns: int,
+        handing_ns: int,
+        gaps_ns: Mapping[int, int],
     ) -> None:
         """A result has come (at `result_ns`) and its tokens were handed to their readers.
 
-        A plan that waited behind another one counts from that one's result.
+        `text_ns` and `handing_ns` are the time that took; `gaps_ns` says how many tokens came how long after the one
+        before. A plan that waited behind another one counts from that one's result.
         """
-        now_ns = time.monotonic_ns()
         if not sent.plan.is_empty:
             self._metrics.step_ended(
                 self._method(sent.plan),
                 inference_s=(result_ns - max(sent.sent_ns, self._last_result_ns)) / 1e9,
                 forward_s=result.forward_ns / 1e9,
-                decode_s=(texts_done_ns - texts_started_ns) / 1e9,
-                filter_s=(now_ns - texts_done_ns) / 1e9,
+                decode_s=text_ns / 1e9,
+                filter_s=handing_ns / 1e9,
                 mask_s=result.mask_ns / 1e9,
             )
+        for gap_ns, count in gaps_ns.items():
+            self._metrics.tokens_followed(gap_ns / 1e9, count)
         self._last_result_ns = result_ns
 
     def abandoned(self, in_flight: Iterable[PlanInFlight]) -> None:

@@ -79,23 +79,22 @@ class TokenStream:
 
     def write(self, outputs: list[TokenOutput]) -> None:
         """Hand out tokens that are not the last."""
-        self._count(outputs)
+        if not self.num_generated_tokens:
+            self.timings.first_token_ns = time.monotonic_ns()
+        self.num_generated_tokens += len(outputs)
         if self._take is None or self._outputs or not self._take(outputs):
             self._outputs += outputs
             self._wake()
 
     def finish(self, reason: FinishReason, outputs: list[TokenOutput]) -> None:
         """End the stream well with its last tokens."""
-        self._count(outputs)
-        self._outputs += outputs
         self.timings.finished_ns = time.monotonic_ns()
+        if not self.num_generated_tokens:
+            self.timings.first_token_ns = self.timings.finished_ns
+        self.num_generated_tokens += len(outputs)
+        self._outputs += outputs
         self.finish_reason = reason
         self._wake()
-
-    def _count(self, outputs: list[TokenOutput]) -> None:
-        if not self.num_generated_tokens:
-            self.timings.first_token_ns = time.monotonic_ns()
-        self.num_generated_tokens += len(outputs)
 
     def fail(self, error: RouterError) -> None:
         """End the stream with an error; the reader gets the tokens before it first."""

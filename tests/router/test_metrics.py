@@ -169,7 +169,7 @@ def test_what_the_engine_reports():
     metrics.preempted(2)
     metrics.prefix_query(100, 64)
     metrics.first_token_read(0.5)
-    metrics.next_tokens_read(0.5, 4)
+    metrics.tokens_followed(0.125, 4)
     for name, labels, expected in (
         ("tgi_batch_inference_count", {"method": "decode"}, 1),
         ("tgi_batch_inference_success", {"method": "decode"}, 1),

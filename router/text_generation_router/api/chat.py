@@ -134,7 +134,7 @@ class _Answer:
             elif is_end or self._call.has_logprobs:
                 bodies = [self._chunk(_content_body(output.text), self._logprobs([output])) for output in outputs]
             else:
-                return b"".join([text_chunk.render(output.text) for output in outputs])
+                return text_chunk.render_all(outputs)
             if is_end:
                 bodies[-1]["choices"][0]["finish_reason"] = self._finish_reason()
                 if self._call.includes_usage:

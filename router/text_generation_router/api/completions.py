@@ -141,10 +141,10 @@ class _Answer:
 
         def render(outputs: list[TokenOutput]) -> bytes:
             if generation.stream.finish_reason is None:
-                return b"".join([chunk.render(output.text) for output in outputs])
+                return chunk.render_all(outputs)
             choice = self._choice(index, outputs[-1].text, finish_reason(generation))
             last = event(self._head.body([choice], usage([generation])))
-            return b"".join([chunk.render(output.text) for output in outputs[:-1]]) + last
+            return chunk.render_all(outputs[:-1]) + last
 
         await events.send_all(generation, render)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from text_generation_router.api.permits import Permits
+from text_generation_router.api.turns import Turns
 from text_generation_router.config import RouterConfig
 from text_generation_router.conversation import Conversation
 from text_generation_router.metrics import Metrics
@@ -95,6 +96,7 @@ class Context:
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)
+    turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         self.validator = Validator(self.config, self.engine.limits, self.tokenizer, self.grammars)

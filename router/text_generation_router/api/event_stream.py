@@ -63,7 +63,7 @@ class EventStream:
         if not outputs:
             return
         await self.send(first)  # with the headers
-        connection = self._request.protocol
+        connection, time_s = self._request.protocol, self._loop.time
         is_chunked = "Transfer-Encoding" in self.response.headers
 
         def take(outputs: list[TokenOutput]) -> bool:
@@ -74,7 +74,7 @@ class EventStream:
                 return True  # an empty chunk would end the response
             # What the response's own `write` does, at a fifth of its cost.
             transport.write(b"%x\r\n%b\r\n" % (len(events), events) if is_chunked else events)
-            self._last_sent_s = self._loop.time()
+            self._last_sent_s = time_s()
             return True
 
         while outputs := await generation.read(take):

@@ -46,7 +46,7 @@ class Generation:
         self.stream = stream
         self.timings = timings
         self._metrics = context.metrics
-        self._last_read_ns = 0
+        self._has_begun = False  # whether the first token was read
 
     @property
     def seed(self) -> int | None:
@@ -64,27 +64,11 @@ class Generation:
 
         While this waits, tokens that are not the last are offered to `take`.
         """
-
-        def take_and_count(outputs: list[TokenOutput]) -> bool:
-            is_taken = take is not None and take(outputs)
-            if is_taken:
-                self._count(len(outputs))
-            return is_taken
-
-        outputs = await self.stream.read(take_and_count)
-        if outputs:
-            self._count(len(outputs))
+        outputs = await self.stream.read(take)
+        if outputs and not self._has_begun:
+            self._has_begun = True
+            self._metrics.first_token_read((time.monotonic_ns() - self.timings.received_ns) / 1e9)
         return outputs
-
-    def _count(self, num_tokens: int) -> None:
-        now_ns = time.monotonic_ns()
-        if self._last_read_ns == 0:
-            self._metrics.first_token_read((now_ns - self.timings.received_ns) / 1e9)
-            if num_tokens > 1:
-                self._metrics.next_tokens_read(0.0, num_tokens - 1)
-        else:
-            self._metrics.next_tokens_read((now_ns - self._last_read_ns) / 1e9, num_tokens)
-        self._last_read_ns = now_ns
 
     async def read_all(self) -> list[TokenOutput]:
         """All tokens, once the stream has ended."""
@@ -94,6 +78,7 @@ class Generation:
             outputs.extend(piece)
             return True
 
+        outputs += await self.read()
         while piece := await self.read(take):
             outputs += piece
         return outputs
@@ -119,6 +104,7 @@ class GenerationRequest:
         self._error: BaseException | None = None
 
     async def __aenter__(self) -> "GenerationRequest":
+        await self.context.turns.take()
         self.context.metrics.request_arrived()
         return self
 

@@ -1,7 +1,6 @@
 """What happens around every handler: ids, CORS, the API key, and the one place where errors become answers."""
 
 import re
-import secrets
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -16,6 +15,7 @@ from text_generation_router.api.context import (
     TENANT_KEY,
     Context,
 )
+from text_generation_router.api.request_id import new_request_id
 from text_generation_router.api.responses import (
     DRAIN_RETRY_AFTER_S,
     as_router_error,
@@ -79,7 +79,7 @@ def require_api_key(keys: ApiKeys, open_routes: set[web.AbstractRoute]) -> Middl
 @web.middleware
 async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id of ours, and note the client's own, which is only ever echoed."""
-    request[REQUEST_ID_KEY] = secrets.token_hex(16)
+    request[REQUEST_ID_KEY] = new_request_id()
     given = request.headers.get("x-request-id", "")
     if _REQUEST_ID.fullmatch(given):
         request[CLIENT_REQUEST_ID_KEY] = given

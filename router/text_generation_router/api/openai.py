@@ -1,6 +1,5 @@
 """What both OpenAI routes share: sampling parameters, names, usage and finish reasons."""
 
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ from text_generation_router.api.generation import Generation, GenerationRequest
 from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.openai_schema import MAX_MODEL_NAME_CHARACTERS, MAX_USER_CHARACTERS
 from text_generation_router.api.options import read_shared_options
+from text_generation_router.api.request_id import new_request_id
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.validation import GenerationOptions
 
@@ -102,7 +102,7 @@ class AnswerHead:
     def __init__(self, context: Context, kind: str, id_prefix: str, model: str) -> None:
         self._fields = {
             "object": kind,
-            "id": f"{id_prefix}-{secrets.token_hex(16)}",
+            "id": f"{id_prefix}-{new_request_id()}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": context.system_fingerprint,

@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -14,11 +14,14 @@ from text_generation_router.errors import (
     InternalError,
     RouterError,
 )
+from text_generation_router.token_stream import TokenOutput
 
 logger = logging.getLogger(__name__)
 
 # Retry-After while draining: by then a balancer has found another server.
 DRAIN_RETRY_AFTER_S = 5
+# Stands for the text that varies; nothing else in an answer can be the same, because no client can guess it.
+_TEXT_MARK = f"text {secrets.token_hex(16)}"
 
 
 def json_response(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> web.Response:
@@ -77,9 +80,11 @@ class TextEvent:
     """An event of which the text alone varies: rendered once, and cut where the text stands."""
 
     def __init__(self, body: Callable[[str], Any]) -> None:
-        mark = f"text {secrets.token_hex(8)}"
-        self._before, self._after = event(body(mark)).split(orjson.dumps(mark))
+        self._before, self._after = event(body(_TEXT_MARK)).split(orjson.dumps(_TEXT_MARK))
 
-    def render(self, text: str) -> bytes:
-        """The event with this text."""
-        return b"".join((self._before, orjson.dumps(text), self._after))
+    def render_all(self, outputs: Sequence[TokenOutput]) -> bytes:
+        """An event with the text of each of `outputs`."""
+        before, after, dumps = self._before, self._after, orjson.dumps
+        if len(outputs) == 1:
+            return before + dumps(outputs[0].text) + after
+        return b"".join([before + dumps(output.text) + after for output in outputs])
