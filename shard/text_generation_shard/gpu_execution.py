@@ -110,13 +110,11 @@ class _GpuStep:
     def __init__(
         self,
         events: "_Events",
-        before: "_Events | None",
         host_output: torch.Tensor,
         num_samples: int,
         launch_head: Callable[[], None],
     ) -> None:
         self._events = events
-        self._before = before  # of the step ahead: marked anew only when a third step follows
         self._host_output = host_output
         self._num_samples = num_samples
         self._launch_head: Callable[[], None] | None = launch_head
@@ -134,7 +132,6 @@ class _GpuStep:
     def wait(self) -> StepOutput:
         """The one read of the step's tokens."""
         forward_ns, sample_ns = self._events.wait()
-        idle_ns = self._events.idle_since(self._before) if self._before is not None else 0
         columns = self._host_output.numpy()[:, : self._num_samples]
         return StepOutput(
             token_ids=columns[0].astype(np.int64),
@@ -142,7 +139,6 @@ class _GpuStep:
             is_valid=columns[2] != 0,
             forward_ns=forward_ns,
             sample_ns=sample_ns,
-            idle_ns=idle_ns,
         )
 
 
@@ -160,12 +156,6 @@ class _Events:
             self._events[index].record()
         else:
             self._times_ns[index] = time.perf_counter_ns()
-
-    def idle_since(self, before: "_Events") -> int:
-        """Nanoseconds between the end of the step ahead and the beginning of this one, once both have ended."""
-        if not self._events:
-            return max(0, self._times_ns[0] - before._times_ns[2])
-        return max(0, int(before._events[2].elapsed_time(self._events[0]) * 1e6))
 
     def is_done(self) -> bool:
         return not self._events or self._events[2].query()
@@ -190,7 +180,6 @@ class GpuExecution:
         self._model = model
         self._device = device
         self._recordings = Recordings(recorder, sizes)
-        self._events_before: _Events | None = None
 
     def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """A step of as many tokens and samples as there can be, without a graph.
@@ -267,7 +256,6 @@ class GpuExecution:
                 window, groups, inputs.rows,
             )  # fmt: skip
         events, host_output = next(self._host_outputs)
-        before, self._events_before = self._events_before, events
         events.mark(0)
         self._send(turn, host, batch, kind)
         (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
@@ -276,7 +264,7 @@ class GpuExecution:
         launch_head = partial(
             self._launch_head, events, host_output, inputs.num_samples, num_samples, has_random, masks
         )
-        step = _GpuStep(events, before, host_output, inputs.num_samples, launch_head)
+        step = _GpuStep(events, host_output, inputs.num_samples, launch_head)
         if masks is None:
             step.choose_tokens()
         return step
