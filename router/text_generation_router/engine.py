@@ -157,7 +157,22 @@ class Engine:
             self._wakeup.set()
 
     async def _run(self) -> None:
-        """The loop: receive, update, schedule, send; publish while there is nothing of that to do."""
+        """The loop and its end."""
+        try:
+            await self._loop()
+            while self._results:  # they came before the failure
+                self._receive()
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            self._on_failure(ShardFailure(f"the engine's loop failed: {error!r}"))
+        finally:
+            self._is_draining = True
+            self._report.abandoned(self._in_flight)
+            self._publisher.abandon(GenerationError("a shard failed"))
+            self.failed.set()
+
+    async def _loop(self) -> None:
+        """Receive, update, schedule, send; publish while there is nothing of that to do."""
         try:
             while self._failure is None and not self._is_stopping:
                 if self._results:
@@ -171,14 +186,6 @@ class Engine:
                 await self._fill_pipeline()
         except ShardFailure as failure:
             self._on_failure(failure)
-        except Exception as error:
-            logger.exception("the engine's loop failed")
-            self._on_failure(ShardFailure(f"the engine's loop failed: {error!r}"))
-        finally:
-            self._is_draining = True
-            self._report.abandoned(self._in_flight)
-            self._publisher.abandon(GenerationError("a shard failed"))
-            self.failed.set()
 
     async def _watch(self) -> None:
         """Look now and then whether a shard is stuck; an idle one gets a probe."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from text_generation_router import engine as engine_module
+from text_generation_router import publisher as publisher_module
 from text_generation_router.block_manager import BlockManager
 from text_generation_router.engine import Engine
 from text_generation_router.errors import GenerationError, IncompleteGeneration, ShuttingDown, Unhealthy
@@ -199,6 +200,44 @@ def test_a_cancelled_request_is_removed_within_a_step(tokenizer):
         assert "tgi_kv_blocks_used 0" in metrics.text()
 
     run_with_engine(tokenizer, shards, body)
+
+
+def test_slices_of_one_token_lose_and_mix_up_nothing(tokenizer, monkeypatch):
+    monkeypatch.setattr(publisher_module, "SLICE_NS", 0)
+    monkeypatch.setattr(publisher_module, "CHUNK_SIZE", 1)
+    script = {bytes([97 + i]) * (i + 1): f"text {i} ".encode() * 4 for i in range(8)}
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = [engine.submit(request(prompt), Timings()) for prompt in script]
+        texts = [text for text, _ in await asyncio.gather(*map(read_all, streams))]
+        assert texts == [text.decode() for text in script.values()]
+        num_gaps = sum(len(text) for text in script.values())  # and EOS, but for the first token
+        assert f"tgi_request_inter_token_duration_count {num_gaps}\n" in metrics.text()
+
+    run_with_engine(tokenizer, FakeShards(script), body)
+
+
+def test_what_ended_before_a_shard_died_ends_well(tokenizer):
+    class DyingShards(FakeShards):
+        """Dies in the moment in which the first sequence ends."""
+
+        def start(self, on_result, on_failure):
+            def on_last_result(result):
+                on_result(result)
+                if EOS in result.token_ids:
+                    on_failure(ShardFailure("shard 0: gone"))
+
+            super().start(on_last_result, on_failure)
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        ended = engine.submit(request(b"p"), Timings())
+        other = engine.submit(request(b"q"), Timings())
+        texts = await asyncio.gather(read_all(ended), read_all(other), return_exceptions=True)
+        assert texts[0] == ("xyz", [*b"xyz", EOS])
+        assert ended.finish_reason is FinishReason.EOS_TOKEN
+        assert isinstance(texts[1], GenerationError)
+
+    run_with_engine(tokenizer, DyingShards({b"p": b"xyz", b"q": b"x" * 40}, fail_at_step=-1), body)
 
 
 def test_a_dead_shard_fails_every_stream_and_refuses_new_ones(tokenizer):
