@@ -143,7 +143,9 @@ class GrammarCompiler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.kill() for worker in self._workers))
+        workers, self._workers = self._workers, set()
+        self._idle.clear()
+        await asyncio.gather(*(worker.kill() for worker in workers))
 
     async def compile(self, grammar: Grammar) -> str:
         """The canonical text, with the shard ready for it; raises RefusedGrammar, and Overloaded."""
