@@ -35,6 +35,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     # Fused multiply-adds off: every one of these kernels must find the very same weight for a token.
     ("sampling_search", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_settle", "default"): {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False},
+    ("sampling_settle", "a100"): {"num_warps": 32, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     # Products of few rows: small and large are widths of the output, the number is that of the padded rows.
     ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4},
@@ -47,7 +48,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("skinny_matmul", "h100"): LARGE_PRODUCT,
     ("skinny_matmul", "h200"): LARGE_PRODUCT,
     ("skinny_matmul_gated", "default"): {
-        "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4,
+        "BLOCK_N": 16, "BLOCK_K": 64, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4,
     },
     ("skinny_matmul_gated/large32", "h100"): LARGE_PRODUCT | {"num_warps": 8},
     ("skinny_matmul_gated/large16", "h100"): {
