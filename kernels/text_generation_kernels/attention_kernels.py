@@ -21,7 +21,7 @@ def attention_items_kernel(
     value_cache,
     block_tables,  # [B, table_stride] int32
     worker_starts,  # [workers + 1] int32
-    items,  # [items, 8] int32
+    items,  # [items, 9] int32
     row_tokens,  # [rows] int32
     row_positions,
     row_slots,

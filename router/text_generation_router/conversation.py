@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+# Arguments nested deeper stay the text that the client sent.
+MAX_ARGUMENTS_DEPTH = 128
 DEFAULT_TOOL_PROMPT = (
     "You can call the functions above. If one of them helps, answer with JSON alone that names the function and gives "
     "its arguments."
@@ -53,13 +55,24 @@ def _template_message(message: dict[str, Any], takes_tool_calls: bool) -> dict[s
     return shown if shown.get("content") else shown | {"content": json.dumps(tool_calls, ensure_ascii=False)}
 
 
+def readable_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies whose tool calls have arguments read from JSON: escapes in them are the text that they stand for."""
+    return [
+        message | {"tool_calls": [_readable_call(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
 def _readable_call(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as an object, where they are the JSON text of one."""
     function = call["function"]
-    if not isinstance(function["arguments"], str):
+    arguments = function["arguments"]
+    if not isinstance(arguments, str) or arguments.count("{") + arguments.count("[") > MAX_ARGUMENTS_DEPTH:
         return call
     try:
-        value = json.loads(function["arguments"])
+        value = json.loads(arguments)
     except (ValueError, RecursionError):
         return call
     return call | {"function": function | {"arguments": value}} if isinstance(value, dict) else call

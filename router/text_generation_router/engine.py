@@ -34,6 +34,7 @@ from text_generation_router.valid_request import ValidRequest
 logger = logging.getLogger(__name__)
 
 MAX_PLANS_IN_FLIGHT = 2
+MAX_RESULTS_BEHIND = 2
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_NS = 2_000_000_000
 # A plan leaves at once; a shard that does not read any more must not hold up the end.
@@ -215,7 +216,10 @@ class Engine:
         self._is_probe_due = False
 
     async def _send_plans(self) -> None:
-        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and (plan := self._scheduler.schedule()) is not None:
+        """Results that wait to be handed out hold plans back, so that they cannot pile up before fast shards."""
+        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and self._publisher.num_waiting <= MAX_RESULTS_BEHIND:
+            if (plan := self._scheduler.schedule()) is None:
+                return
             await self._send(plan)
 
     async def _send(self, plan: StepPlan) -> None:

@@ -26,7 +26,7 @@ MAX_CACHE_BYTES = 16 << 20
 MAX_WORKERS = 4
 MAX_WAITING = 128
 _COMMAND = (sys.executable, "-m", "text_generation_router.grammar_worker")
-_SECRETS = ("API_KEY", "HF_TOKEN")
+_SECRETS = ("API_KEY", "HF_TOKEN", "HF_API_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _QUIET = {"RUST_BACKTRACE": "0"}  # one that needs too much memory ends with one line in the log
 
 
@@ -130,6 +130,7 @@ class GrammarCompiler:
         self._workers: set[Worker] = set()
         self._idle: list[Worker] = []
         self._spare: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def start(self) -> None:
         """Start a worker ahead of the first grammar."""
@@ -137,6 +138,7 @@ class GrammarCompiler:
 
     async def close(self) -> None:
         """End the workers; grammars that still wait are given up."""
+        self._is_closed = True
         tasks: list[asyncio.Task[None] | asyncio.Task[Outcome]] = [*self._running.values()]
         if self._spare is not None:
             tasks.append(self._spare)
@@ -181,7 +183,8 @@ class GrammarCompiler:
                 await self._drop(worker)
                 is_late = isinstance(error, TimeoutError)
                 logger.info("A grammar %s", "took too long" if is_late else "ended its process")
-                outcome = Outcome(refusal=f"takes more than {TIME_LIMIT_S:g} s" if is_late else "needs too much memory")
+                # Not kept: on a busy machine a good grammar may be late once.
+                return Outcome(refusal=f"takes more than {TIME_LIMIT_S:g} s" if is_late else "needs too much memory")
             except BaseException:
                 await self._drop(worker)
                 raise
@@ -205,7 +208,7 @@ class GrammarCompiler:
     def _keep_spare(self) -> None:
         """See to it that a worker is ready for the next grammar."""
         is_starting = self._spare is not None and not self._spare.done()
-        if not self._idle and not is_starting and len(self._workers) < MAX_WORKERS:
+        if not self._idle and not is_starting and not self._is_closed and len(self._workers) < MAX_WORKERS:
             self._spare = asyncio.create_task(self._start_spare())
 
     async def _start_spare(self) -> None:

@@ -65,6 +65,11 @@ class Publisher:
         """Whether there is something to hand out."""
         return bool(self._steps)
 
+    @property
+    def num_waiting(self) -> int:
+        """Results that are not handed out yet, or not all."""
+        return len(self._steps)
+
     def publish_slice(self) -> None:
         """Hand out what can be handed out in one slice of time."""
         end_ns = time.monotonic_ns() + SLICE_NS

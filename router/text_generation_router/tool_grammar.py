@@ -48,6 +48,8 @@ def _check(name: str, parameters: Any) -> None:
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise ToolError(f"`properties` of {name} must be an object and `required` a list", param="tools")
+    if name == NO_TOOL and parameters is not _NO_TOOL_PARAMETERS:
+        raise ToolError(f"{NO_TOOL} is the name of the choice to call no function", param="tools")
     if NAME_KEY in properties:
         raise ToolError(f"{name} has a parameter {NAME_KEY}, which is kept for its own name", param="tools")
 

@@ -5,6 +5,7 @@ it is for. Whoever samples waits for it there, and nowhere else.
 """
 
 import heapq
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from text_generation_shard.step_inputs import BoolArray, Int64Array
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
+
+logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8
 _ALL_TOKENS = -1  # a word in which every bit is set
@@ -80,7 +83,7 @@ class GrammarMasks:
         """Follow a sequence that has generated these tokens so far."""
         follower = _Follower(sequence_id, heapq.heappop(self._free_slots))
         self._followers[sequence_id] = follower
-        follower.ready = self._thread.submit(self._timed, self._begin, follower, text, generated.tolist())
+        follower.ready = self._thread.submit(self._work, [follower], self._begin, follower, text, generated.tolist())
 
     def remove(self, sequence_ids: Sequence[int]) -> None:
         """Forget sequences, those without a grammar too."""
@@ -115,7 +118,7 @@ class GrammarMasks:
             if (follower := self._followers.get(sequence_id)) is not None
         ]
         if steps:
-            ready = self._thread.submit(self._timed, self._advance, steps)
+            ready = self._thread.submit(self._work, [follower for follower, _ in steps], self._advance, steps)
             for follower, _ in steps:
                 follower.ready = ready
 
@@ -132,9 +135,15 @@ class GrammarMasks:
 
     # On the thread.
 
-    def _timed(self, work: Any, *arguments: Any) -> None:
+    def _work(self, followers: list[_Follower], work: Any, *arguments: Any) -> None:
         started = time.perf_counter_ns()
-        work(*arguments)
+        try:
+            work(*arguments)
+        except Exception as error:  # a bug, ours or the library's, that ends these sequences alone
+            logger.exception("The masks of %d sequences failed", len(followers))
+            for follower in followers:
+                follower.failure = f"the grammar cannot be followed: {error!r}"
+                self._masks[follower.slot] = _NO_TOKENS
         self._work_ns += time.perf_counter_ns() - started
 
     def _begin(self, follower: _Follower, text: str, generated: list[int]) -> None:

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Bounds of the limits themselves: columns of this many rows are allocated from them.
 MAX_STEP_TOKENS = 2**20
-MAX_NUM_SEQUENCES = 2**16
+MAX_NUM_SEQUENCES = 2**16 - 1  # as many programs as a launch has on its second axis
 
 
 class WarmUpError(Exception):

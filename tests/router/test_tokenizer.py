@@ -5,8 +5,12 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import pytest
+from text_generation_router.api.chat_request import render_prompt
+from text_generation_router.conversation import Conversation, template_messages
 from text_generation_router.errors import ValidationError
 from text_generation_router.tokenizer import MAX_CHARACTERS_AT_ONCE, Tokenizer
 from text_generation_router.tokenizer_files import BrokenTokenizer
@@ -168,6 +172,23 @@ def test_what_a_client_wrote_never_becomes_a_control_token(demo_folder):
     assert tokenizer.encode_now(tokenizer.as_plain_text("no token < | im_end")) == tokenizer.encode_now(
         "no token < | im_end"
     )
+    tokenizer.close()
+
+
+def test_escapes_in_the_arguments_of_a_call_hide_no_special_token(demo_folder):
+    tokenizer = Tokenizer(demo_folder, 1)
+    source = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.a }}{% endfor %}{% endfor %}"
+    arguments = '{"a": "\\u003c|im_end|\\u003e"}'
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    class Template:
+        async def render(self, conversation):
+            return jinja2.Template(source).render(messages=template_messages(conversation, True, True))
+
+    context = SimpleNamespace(tokenizer=tokenizer, chat_template=Template())
+    rendered = asyncio.run(render_prompt(context, Conversation([called])))
+    assert "im_end" in rendered
+    assert not [token_id for token_id in tokenizer.encode_now(rendered) if tokenizer.is_special(token_id)]
     tokenizer.close()
 
 

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -8,11 +7,10 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.chat_request import (
     ChatCall,
-    answer_grammar,
+    answer_options,
     answer_parser,
     read_call,
     render_prompt,
-    shown_special_ids,
 )
 from text_generation_router.api.chat_schema import CHAT_BODY
 from text_generation_router.api.event_stream import EventStream
@@ -48,11 +46,7 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     record.admit()
     context.validator.check_options(call.options)
     prompt = await render_prompt(context, call.conversation)
-    options = call.options
-    if shown := shown_special_ids(context, call):
-        options = replace(options, shown_special_ids=shown)
-    if options.grammar is not None:
-        options = replace(options, grammar=answer_grammar(context, call, prompt))
+    options = answer_options(context, call, prompt)
     # The template writes the special tokens itself.
     generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
     answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))
@@ -86,13 +80,13 @@ class _Answer:
         """The answer as one object."""
         generation = self._generation
         outputs = await generation.read_all()
-        self._record.succeed()
         choice = {
             "index": 0,
             "message": self._message(outputs),
             "logprobs": self._logprobs(outputs),
             "finish_reason": self._finish_reason(),
         }
+        self._record.succeed()
         headers = timing_headers([generation], self._record.context.compute_type, self._num_characters)
         return json_response(self._head.body([choice], usage([generation])), headers)
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import orjson
+
 from text_generation_router.api.chat_schema import MAX_TEMPLATE_KWARGS
 from text_generation_router.api.context import Context
 from text_generation_router.api.fields import Fields
@@ -12,7 +14,7 @@ from text_generation_router.api.tools import ToolChoice, ToolUse, read_tools
 from text_generation_router.chat_output.choose import TOOL_MARKS, forced_parser, tool_parser
 from text_generation_router.chat_output.deltas import Parser, PlainText
 from text_generation_router.chat_output.reasoning import ReasoningParser
-from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation
+from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation, readable_messages
 from text_generation_router.errors import ToolError, ValidationError
 from text_generation_router.grammar import Grammar
 from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily, Reasoning
@@ -20,6 +22,8 @@ from text_generation_router.tool_grammar import tool_grammar
 from text_generation_router.validation import GenerationOptions
 
 MAX_SWITCH_CHARACTERS = 1024
+# Of the functions that become one grammar: it is put together on the event loop.
+MAX_FORCED_TOOLS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ def _forced_call(tools: ToolUse, family: ModelFamily) -> Grammar | None:
     """The grammar of an answer that must be a call, or the choice of none; None for any other answer."""
     if not _is_forced(tools, family):
         return None
+    if (num_bytes := len(orjson.dumps(tools.shown))) > MAX_FORCED_TOOLS_BYTES:
+        raise ToolError(
+            f"`tools` of which one must be called may have at most {MAX_FORCED_TOOLS_BYTES} bytes. Given: {num_bytes}",
+            param="tools",
+        )
     return tool_grammar(tools.shown, may_call_none=tools.choice is ToolChoice.AUTO)
 
 
@@ -106,7 +115,8 @@ async def render_prompt(context: Context, conversation: Conversation) -> str:
     return await context.chat_template.render(
         replace(
             conversation,
-            messages=plain(conversation.messages),
+            # What a JSON text stands for is marked, not the text: escapes must not hide a special token.
+            messages=plain(readable_messages(conversation.messages)),
             tools=plain(conversation.tools),
             documents=plain(conversation.documents),
             switches=plain(conversation.switches),
@@ -122,6 +132,16 @@ def shown_special_ids(context: Context, call: ChatCall) -> frozenset[int]:
     if call.tools.shown and family.tool_format is not None and not _is_forced(call.tools, family):
         marks += TOOL_MARKS[family.tool_format]
     return frozenset(context.tokenizer.special_ids(marks)) if marks else frozenset()
+
+
+def answer_options(context: Context, call: ChatCall, prompt: str) -> GenerationOptions:
+    """The options with what follows from the prompt. Raises ValidationError."""
+    shown, options = shown_special_ids(context, call), call.options
+    if shown:
+        options = replace(options, shown_special_ids=shown)
+    if options.grammar is not None:
+        options = replace(options, grammar=_answer_grammar(context, call, prompt))
+    return options
 
 
 def answer_parser(family: ModelFamily, call: ChatCall, prompt: str) -> Parser | None:
@@ -147,7 +167,7 @@ def expected_reasoning(family: ModelFamily, conversation: Conversation, prompt: 
     return Reasoning.BEGUN if prompt.rstrip().endswith(THINK_START) else Reasoning.POSSIBLE
 
 
-def answer_grammar(context: Context, call: ChatCall, prompt: str) -> Grammar | None:
+def _answer_grammar(context: Context, call: ChatCall, prompt: str) -> Grammar | None:
     """The grammar of the answer to a prompt: it holds once the reasoning has ended. Raises ValidationError."""
     grammar = call.options.grammar
     if grammar is None:

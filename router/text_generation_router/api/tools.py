@@ -87,4 +87,4 @@ def _read_tool(tool: Fields) -> dict[str, Any]:
     whole = dict(function.whole())
     if parameters is None and arguments is not None:
         whole = {key: value for key, value in whole.items() if key != "arguments"} | {"parameters": arguments}
-    return {"type": "function", **tool.whole(), "function": whole}
+    return {**tool.whole(), "type": "function", "function": whole}

@@ -6,8 +6,8 @@ from typing import Any
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
+from text_generation_router.api.chat_request import answer_options, render_prompt
 from text_generation_router.api.chat_request import read_call as read_chat_call
-from text_generation_router.api.chat_request import render_prompt
 from text_generation_router.api.chat_schema import CHAT_BODY
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generate import read_call
@@ -83,4 +83,4 @@ async def _read_instance(record: GenerationRequest, body: Fields, instance: Any)
     kept = {name: value for name, value in instance.items() if name not in _LEFT_OUT}
     chat = read_chat_call(body.child("instances", kept, CHAT_BODY), context.chat_template.family)
     prompt = await render_prompt(context, chat.conversation)
-    return _Prompt(prompt, chat.options, adds_special_tokens=False)
+    return _Prompt(prompt, answer_options(context, chat, prompt), adds_special_tokens=False)
