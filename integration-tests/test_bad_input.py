@@ -60,10 +60,10 @@ RANGES: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "`seed` must be"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "`stop` takes at most 4"),
     ({"stop": [""]}, "`stop` strings must have"),
-    ({"grammar": {"type": "no such grammar", "value": "a"}}, "`grammar`"),
     ({"adapter_id": "no such adapter"}, "`adapter_id`"),
 ]
 TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"grammar": {"type": "no such grammar", "value": "a"}}, "`type` must be text, json_object"),
     ({"max_new_tokens": 1e3}, "`max_new_tokens` must be"),
     ({"max_new_tokens": "ten"}, "`max_new_tokens` must be"),
     ({"max_new_tokens": True}, "`max_new_tokens` must be"),
@@ -103,7 +103,7 @@ OPENAI: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HELLO, "max_tokens": -5}, "validation", "`max_new_tokens`"),
     (CHAT, {"messages": HELLO, "top_logprobs": 100}, "validation", "`top_logprobs`"),
     (CHAT, {"messages": HELLO, "presence_penalty": -3}, "validation", "`presence_penalty`"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "poem"}}, "validation", "`response_format`"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "poem"}}, "validation", "`type` must be text, json_object"),
     (CHAT, {"messages": HELLO, "stream": "yes"}, "validation", "`stream`"),
 ]
 

@@ -110,7 +110,7 @@ class Tokenizer:
         spans: list[TokenSpan] = []
         num_bytes_before = 0
         for piece, adds_special in self._pieces(text, add_special_tokens):
-            encoding, missing, num_doubled = self._encode_piece(piece, adds_special)
+            encoding, missing, num_doubled = self._encode_piece(piece, adds_special, has_offsets=True)
             ends = list(accumulate((len(c.encode()) for c in piece), initial=num_bytes_before))
             found = [
                 TokenSpan(token_id, piece[start:stop], ends[start], ends[stop]) if stop > start else TokenSpan(token_id)
@@ -127,12 +127,15 @@ class Tokenizer:
         for other in others:
             yield other, False
 
-    def _encode_piece(self, text: str, add_special_tokens: bool) -> tuple[Encoding, list[int], int]:
+    def _encode_piece(
+        self, text: str, add_special_tokens: bool, has_offsets: bool = False
+    ) -> tuple[Encoding, list[int], int]:
         """The encoding, the ids that are missing before it, and how many of its first tokens are doubled."""
         uses_processor = add_special_tokens and self._adds_bos is None
         try:
             # A batch of one lets other threads run meanwhile, as `encode` does not; the fast form finds no offsets.
-            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=uses_processor)
+            encode = self._backend.encode_batch if has_offsets else self._backend.encode_batch_fast
+            [encoding] = encode([text], add_special_tokens=uses_processor)
         except TypeError as error:  # the library takes every string that is Unicode
             raise ValidationError("text holds a lone surrogate, which is no character") from error
         ids: list[int] = encoding.ids

@@ -67,7 +67,7 @@ def run_with_shards(
 PLAN = StepPlan(
     step=1,
     removed_sequence_ids=[3],
-    new_sequences=[NewSequence(7, [5, 6], 2, 1, [4], SamplingParameters(0.5, 3, 0.9, 2**64 - 1))],
+    new_sequences=[NewSequence(7, [5, 6], 2, 1, [4], SamplingParameters(0.5, 3, 0.9, seed=2**64 - 1))],
     grown_sequence_ids=[8],
     grown_num_blocks=[2],
     grown_block_ids=[10, 11],
