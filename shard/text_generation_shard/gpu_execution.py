@@ -5,8 +5,7 @@ The batch lives on the device: block tables, and each row's last token. A step c
 copies the tokens back. Nothing waits for the host in between.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -29,8 +28,9 @@ from text_generation_kernels.token_exchange import (
 from text_generation_kernels.token_masks import NO_MASK, mask_tokens, num_words
 
 from text_generation_shard.cuda_graphs import Recorder, Recordings
-from text_generation_shard.execution import CausalModel, StepOutput
+from text_generation_shard.execution import CausalModel
 from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.gpu_step import GpuStep, StepEvents
 from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
@@ -104,72 +104,6 @@ def _buffers(
     return StepBuffers(columns, device)
 
 
-class _GpuStep:
-    """A step under way; see `RunningStep`."""
-
-    def __init__(
-        self,
-        events: "_Events",
-        host_output: torch.Tensor,
-        num_samples: int,
-        launch_head: Callable[[], None],
-    ) -> None:
-        self._events = events
-        self._host_output = host_output
-        self._num_samples = num_samples
-        self._launch_head: Callable[[], None] | None = launch_head
-
-    def choose_tokens(self) -> None:
-        """Launch the head, if that has not been done."""
-        if self._launch_head is not None:
-            self._launch_head()
-            self._launch_head = None
-
-    def is_done(self) -> bool:
-        """Whether the device has ended it."""
-        return self._launch_head is None and self._events.is_done()
-
-    def wait(self) -> StepOutput:
-        """The one read of the step's tokens."""
-        forward_ns, sample_ns = self._events.wait()
-        columns = self._host_output.numpy()[:, : self._num_samples]
-        return StepOutput(
-            token_ids=columns[0].astype(np.int64),
-            logprobs=columns[1].copy().view(np.float32),
-            is_valid=columns[2] != 0,
-            forward_ns=forward_ns,
-            sample_ns=sample_ns,
-        )
-
-
-class _Events:
-    """When a step began, when its layers ended, and when its tokens were copied to the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        is_gpu = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if is_gpu else []
-        self._times_ns = [0, 0, 0]
-
-    def mark(self, index: int) -> None:
-        """Note the moment that the device reaches this point of its stream."""
-        if self._events:
-            self._events[index].record()
-        else:
-            self._times_ns[index] = time.perf_counter_ns()
-
-    def is_done(self) -> bool:
-        return not self._events or self._events[2].query()
-
-    def wait(self) -> tuple[int, int]:
-        """Nanoseconds of the layers and of the sampling, once both have ended."""
-        if not self._events:
-            begin, middle, end = self._times_ns
-            return middle - begin, end - middle
-        self._events[2].synchronize()
-        begun, layers_done, done = self._events
-        return int(begun.elapsed_time(layers_done) * 1e6), int(layers_done.elapsed_time(done) * 1e6)
-
-
 class GpuExecution:
     """See `Execution`. Runs on CPU tensors too where Triton interprets, which is how it is tested without a GPU."""
 
@@ -232,12 +166,12 @@ class GpuExecution:
         self._output = torch.zeros(NUM_OUTPUT_COLUMNS, num_rows, dtype=torch.int32, device=device)
         self._host_outputs = cycle(
             [
-                (_Events(device), torch.zeros_like(self._output, device="cpu", pin_memory=device.type == "cuda"))
+                (StepEvents(device), torch.zeros_like(self._output, device="cpu", pin_memory=device.type == "cuda"))
                 for _ in range(NUM_HOST_BUFFERS)
             ]
         )
 
-    def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> _GpuStep:
+    def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> GpuStep:
         """Send a step: one copy there, the layers, the head, one copy back; the head later where it has masks."""
         groups = self._shared_prefixes(inputs, batch)
         kind = self._kind(inputs, has_groups=bool(groups))
@@ -264,14 +198,14 @@ class GpuExecution:
         launch_head = partial(
             self._launch_head, events, host_output, inputs.num_samples, num_samples, has_random, masks
         )
-        step = _GpuStep(events, host_output, inputs.num_samples, launch_head)
+        step = GpuStep(events, host_output, inputs.num_samples, launch_head)
         if masks is None:
             step.choose_tokens()
         return step
 
     def _launch_head(
         self,
-        events: "_Events",
+        events: StepEvents,
         host_output: torch.Tensor,
         num_used: int,
         num_samples: int,

@@ -1,0 +1,75 @@
+"""A step that a GPU has been given: when it began and ended, and the one read of its tokens."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from text_generation_shard.execution import StepOutput
+
+
+class GpuStep:
+    """A step under way; see `RunningStep`."""
+
+    def __init__(
+        self,
+        events: "StepEvents",
+        host_output: torch.Tensor,
+        num_samples: int,
+        launch_head: Callable[[], None],
+    ) -> None:
+        self._events = events
+        self._host_output = host_output
+        self._num_samples = num_samples
+        self._launch_head: Callable[[], None] | None = launch_head
+
+    def choose_tokens(self) -> None:
+        """Launch the head, if that has not been done."""
+        if self._launch_head is not None:
+            self._launch_head()
+            self._launch_head = None
+
+    def is_done(self) -> bool:
+        """Whether the device has ended it."""
+        return self._launch_head is None and self._events.is_done()
+
+    def wait(self) -> StepOutput:
+        """The one read of the step's tokens."""
+        forward_ns, sample_ns = self._events.wait()
+        columns = self._host_output.numpy()[:, : self._num_samples]
+        return StepOutput(
+            token_ids=columns[0].astype(np.int64),
+            logprobs=columns[1].copy().view(np.float32),
+            is_valid=columns[2] != 0,
+            forward_ns=forward_ns,
+            sample_ns=sample_ns,
+        )
+
+
+class StepEvents:
+    """When a step began, when its layers ended, and when its tokens were copied to the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)] if is_gpu else []
+        self._times_ns = [0, 0, 0]
+
+    def mark(self, index: int) -> None:
+        """Note the moment that the device reaches this point of its stream."""
+        if self._events:
+            self._events[index].record()
+        else:
+            self._times_ns[index] = time.perf_counter_ns()
+
+    def is_done(self) -> bool:
+        return not self._events or self._events[2].query()
+
+    def wait(self) -> tuple[int, int]:
+        """Nanoseconds of the layers and of the sampling, once both have ended."""
+        if not self._events:
+            begin, middle, end = self._times_ns
+            return middle - begin, end - middle
+        self._events[2].synchronize()
+        begun, layers_done, done = self._events
+        return int(begun.elapsed_time(layers_done) * 1e6), int(layers_done.elapsed_time(done) * 1e6)
