@@ -44,6 +44,14 @@ class Reply:
         return json.loads(self.body)
 
 
+def _is_ended(process: psutil.Process) -> bool:
+    """Whether only the entry is left of it, which whoever inherited it from its parent removes."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Server:
     """One running launcher with its children, and the few ways in which tests talk to it.
 
@@ -107,6 +115,7 @@ class Server:
     def assert_nothing_left(self, timeout_s: float = 0.0) -> None:
         """No process and no file may be left; both may take `timeout_s` to go."""
         _, alive = psutil.wait_procs(self._family, timeout_s)
+        alive = [process for process in alive if not _is_ended(process)]
         assert not alive, f"left running: {alive}\n{self.log()}"
         deadline_s = time.monotonic() + timeout_s
         while (left := list(self.folder.rglob("*"))) and time.monotonic() < deadline_s:
