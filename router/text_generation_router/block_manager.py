@@ -84,10 +84,6 @@ class BlockManager:
         """How many of `blocks` nobody holds: holding them lowers `num_available` by as many."""
         return sum(self._num_holders[block] == 0 for block in blocks)
 
-    def is_registered(self, block_hash: bytes) -> bool:
-        """Whether a block with this key can be found."""
-        return block_hash in self._block_of_hash
-
     def register(self, block: int, block_hash: bytes) -> None:
         """Make a held, full block findable; a key that another block already has is left to it."""
         assert self._num_holders[block] > 0

@@ -8,7 +8,7 @@ from aiohttp import web
 from text_generation_router.api.body import read_body
 from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers, together
+from text_generation_router.api.generation import Generation, GenerationRequest, read_texts, timing_headers, together
 from text_generation_router.api.openai import (
     AnswerHead,
     finish_reason,
@@ -112,12 +112,7 @@ class _Answer:
     async def whole(self) -> web.StreamResponse:
         """The answer as one object, choices in the order of the prompts."""
         generations = self._generations
-        texts: list[str] = [""] * len(generations)
-
-        async def read(index: int) -> None:
-            texts[index] = "".join(output.text for output in await generations[index].read_all())
-
-        await together([read(index) for index in range(len(generations))])
+        texts = await read_texts(generations)
         self._record.succeed()
         choices = [
             self._choice(index, texts[index], finish_reason(generation)) for index, generation in enumerate(generations)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -201,6 +201,17 @@ async def together(work: list[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def read_texts(generations: Sequence[Generation]) -> list[str]:
+    """The whole text of each; the first error ends the rest and is raised."""
+    texts = [""] * len(generations)
+
+    async def read(index: int) -> None:
+        texts[index] = "".join(output.text for output in await generations[index].read_all())
+
+    await together([read(index) for index in range(len(generations))])
+    return texts
 
 
 def durations_ms(generation: Generation) -> tuple[int, int, int, int, int]:

@@ -12,7 +12,7 @@ from text_generation_router.api.chat_schema import CHAT_BODY
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generate import read_call
 from text_generation_router.api.generate_schema import GENERATE_BODY
-from text_generation_router.api.generation import GenerationRequest, timing_headers, together
+from text_generation_router.api.generation import GenerationRequest, read_texts, timing_headers
 from text_generation_router.api.responses import json_response
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
 from text_generation_router.errors import BatchSizeExceeded
@@ -64,12 +64,7 @@ async def vertex(request: web.Request) -> web.StreamResponse:
         record.note_ignored(body, *left_out)
         valid = [await record.validate(one.text, one.options, one.adds_special_tokens) for one in prompts]
         generations = [record.submit(one, prompt.options) for one, prompt in zip(valid, prompts, strict=True)]
-        texts = [""] * len(generations)
-
-        async def read(index: int) -> None:
-            texts[index] = "".join(output.text for output in await generations[index].read_all())
-
-        await together([read(index) for index in range(len(generations))])
+        texts = await read_texts(generations)
         record.succeed()
         headers = timing_headers(generations, record.context.compute_type, sum(len(one.text) for one in prompts))
         return json_response({"predictions": texts}, headers)

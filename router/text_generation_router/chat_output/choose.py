@@ -9,10 +9,9 @@ from text_generation_router.chat_output.forced import ForcedParser
 from text_generation_router.chat_output.hermes import HermesParser
 from text_generation_router.chat_output.llama3 import PYTHON_TAG, Llama3Parser
 from text_generation_router.chat_output.mistral import ARGUMENTS, CALL_ID, START, MistralParser
-from text_generation_router.model_family import THINK_END, THINK_START, ToolFormat
+from text_generation_router.model_family import ToolFormat
 
 # Marks that some models have as special tokens, which are no text otherwise.
-MARKS = (THINK_START, THINK_END)
 TOOL_MARKS: dict[ToolFormat, tuple[str, ...]] = {
     ToolFormat.HERMES: ("<tool_call>", "</tool_call>"),
     ToolFormat.LLAMA3: (PYTHON_TAG,),

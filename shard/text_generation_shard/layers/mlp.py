@@ -1,7 +1,6 @@
 """The gated MLP: gate and up in one product, silu, then down."""
 
 import torch
-from text_generation_kernels.gated_activation import silu_and_mul
 from torch import nn
 
 from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -20,8 +19,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""
-        gated = silu_and_mul(self.gate_up(x)) if self.gate_up.bias is not None else self.gate_up.product.gated_linear(x)
-        return self.down(gated)  # type: ignore[no-any-return]
+        return self.down(self.gate_up.product.gated_linear(x, self.gate_up.bias))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's matrices under `name`."""

@@ -46,12 +46,12 @@ class ProductWeight:
             return product if bias is None else product.add_(bias)
         return packed_linear(x, self._packed, bias)
 
-    def gated_linear(self, x: torch.Tensor) -> torch.Tensor:
+    def gated_linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """silu of the product with the first half of the rows, times the product with the second half."""
         # [M, K] -> [M, N / 2]
-        if self._packed is None and is_skinny(x):
+        if self._packed is None and bias is None and is_skinny(x):
             return skinny_gated_linear(x, self.parameter)
-        return silu_and_mul(self.linear(x))
+        return silu_and_mul(self.linear(x, bias))
 
     def load(self, tensor: CheckpointTensor, own: slice, rows: slice, columns: slice | None = None) -> None:
         """Fill the rows `own` with a part of a checkpoint's tensor; the last part to come finishes the weight."""
