@@ -29,6 +29,7 @@ def test_a_part_that_fails_leaves_what_it_had_and_the_others_run(tmp_path: Path)
     assert any("no room for a prompt of 40" in line for line in parts["trace"]["last_lines"])
     assert [case["name"] for case in parts["trace"]["figures"]["cases"]] == ["decode 1", "decode 3"]
     [start] = parts["startup"]["figures"]["starts"]
+    assert start["kind"] == "cold"
     assert 0 < sum(start["launcher_s"].values()) < start["healthy_s"] + 1
     assert {"weights", "import"} <= start["shard_s"].keys()
     row = parts["suite"]["figures"]["rows"][-1]

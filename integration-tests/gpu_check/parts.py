@@ -144,8 +144,8 @@ def _trace(options: Options, figures: Path) -> list[str]:
 
 
 def _startup(options: Options, figures: Path) -> list[str]:
-    times = 1 if options.is_rehearsal else 2
-    return _module("gpu_check.startup", "--json", figures, "--times", times, *_server(options))
+    kinds = ["--kinds", "cold"] if options.is_rehearsal else []
+    return _module("gpu_check.startup", "--json", figures, *kinds, *_server(options))
 
 
 def _suite(options: Options, figures: Path) -> list[str]:
@@ -166,7 +166,7 @@ PARTS = {
         Part("parity", 120, _parity),
         Part("benchmarks", 120, _benchmarks),
         Part("trace", 120, _trace, needs_model=True),
-        Part("startup", 120, _startup, needs_model=True),
+        Part("startup", 180, _startup, needs_model=True),
         Part("suite", 420, _suite, needs_model=True),
     )
 }

@@ -92,14 +92,10 @@ def trace_section(figures: Figures) -> list[str]:
 
 def startup_section(figures: Figures) -> list[str]:
     """Phases of each start in seconds, and the memory's parts."""
-    lines = []
-    for index, start in enumerate(figures["starts"]):
-        first = " (kernels are compiled)" if index == 0 else ""
+    lines = [f"{figures['weights_gb']} GB of weights, read once at {figures['page_cache_gb_s']} GB/s.", ""]
+    for start in figures["starts"]:
         mark = verdict(start["healthy_s"], "<=", HEALTHY_S)
-        lines += [
-            f"Start {index + 1}{first}: healthy after {start['healthy_s']} s (target {HEALTHY_S:.0f}: {mark})",
-            "",
-        ]
+        lines += [f"{start['kind']}: healthy after {start['healthy_s']} s (target {HEALTHY_S:.0f}: {mark})", ""]
         for name in ("launcher_s", "shard_s"):
             phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in start[name].items())
             lines.append(f"- {name.removesuffix('_s')}: {phases}")

@@ -29,6 +29,10 @@ class GgufSource:
         values = self._in_order(dequantise(self._tensor, rows))
         return values if columns is None else values[:, columns]
 
+    def copy_to(self, destination: torch.Tensor, rows: slice, columns: slice | None = None) -> None:
+        """Bring those rows there at once."""
+        destination.copy_(self.read(rows, columns))
+
     def read_groups(self, rows: slice, columns: slice | None = None) -> GroupedWeight | None:
         """Those rows as groups of 4-bit codes; None where the type has others, or the columns cut a group."""
         first, end = (0, self.shape[-1]) if columns is None else (columns.start, columns.stop)

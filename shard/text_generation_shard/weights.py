@@ -1,11 +1,11 @@
-"""Streams a checkpoint, tensor by tensor, into the parameters this rank holds; nothing may be missing or left over."""
+"""Brings a checkpoint's tensors into the parameters this rank holds; nothing may be missing or left over."""
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from text_generation_shard import distributed
@@ -15,6 +15,8 @@ from text_generation_shard.gguf_tensor import GgufSource
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightForm, WeightTarget
 from text_generation_shard.model_config import ModelConfig
 from text_generation_shard.models import model_class
+from text_generation_shard.safetensors_file import open_safetensors
+from text_generation_shard.weight_stream import WeightStream
 
 # Tensors that some checkpoints carry although they follow from the config.
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -47,8 +49,11 @@ def load_model(
     if weight_files is None:
         fill_at_random(model, rank)
         return model.eval()
-    with torch.inference_mode():
-        _fill(targets, _checkpoint_tensors(config, weight_files), config.tie_word_embeddings)
+    stream = WeightStream.to_gpu(device) if device.type == "cuda" else None
+    with torch.inference_mode(), ExitStack() as files:
+        _fill(targets, _checkpoint_tensors(config, weight_files, files, stream), config.tie_word_embeddings)
+        if stream is not None:
+            stream.run()
     return model.eval()
 
 
@@ -76,13 +81,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _checkpoint_tensors(
-    config: ModelConfig, weight_files: Sequence[str | Path]
+    config: ModelConfig, weight_files: Sequence[str | Path], files: ExitStack, stream: WeightStream | None
 ) -> Iterator[tuple[str, CheckpointTensor]]:
     for path in map(Path, weight_files):
         if path.suffix == ".gguf":
             yield from _gguf_tensors(config, path)
         else:
-            yield from _safetensors(path)
+            yield from open_safetensors(path, files, stream)
 
 
 def _gguf_tensors(config: ModelConfig, path: Path) -> Iterator[tuple[str, CheckpointTensor]]:
@@ -92,27 +97,3 @@ def _gguf_tensors(config: ModelConfig, path: Path) -> Iterator[tuple[str, Checkp
         if name != ROPE_FACTORS:
             head_dim = config.head_dim if has_permuted_rows(architecture, name) else None
             yield hugging_face_name(name), GgufSource(tensor, head_dim)
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, CheckpointTensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, _SafetensorsSource(file, name)
-    except SafetensorError as error:
-        raise WeightError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-class _SafetensorsSource:
-    """A tensor of a safetensors file; see `CheckpointTensor`."""
-
-    def __init__(self, file: safe_open, name: str) -> None:
-        self._slice = file.get_slice(name)  # type: ignore[no-untyped-call]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._slice.get_shape())
-
-    def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
-        part: torch.Tensor = self._slice[rows] if columns is None else self._slice[rows, columns]
-        return part

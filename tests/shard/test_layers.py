@@ -63,8 +63,8 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
-    def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
-        return self.values[rows] if columns is None else self.values[rows, columns]
+    def copy_to(self, destination: torch.Tensor, rows: slice, columns: slice | None = None) -> None:
+        destination.copy_(self.values[rows] if columns is None else self.values[rows, columns])
 
 
 def partition(rank: int, world_size: int) -> Partition:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from text_generation_shard.gguf_file import BrokenGguf, llama_config, open_gguf
 from text_generation_shard.gguf_tensor import dequantise
 from text_generation_shard.model_config import UnsupportedModel, load_model_config, parse_model_config
+from text_generation_shard.safetensors_file import BrokenSafetensors
 from text_generation_shard.weights import WeightError, load_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -135,7 +136,7 @@ def test_names_misshapen_tensors(shape: tuple[int, int], checkpoint: Path) -> No
 def test_broken_file(checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(WeightError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(BrokenSafetensors, match=r"model\.safetensors cannot be read"):
         load(checkpoint)
 
 

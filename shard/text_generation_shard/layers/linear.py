@@ -72,4 +72,4 @@ class RowParallelLinear(nn.Module):
 
 
 def _load(destination: torch.Tensor, rows: slice, tensor: CheckpointTensor) -> None:
-    destination.copy_(tensor.read(rows))
+    tensor.copy_to(destination, rows)

@@ -16,8 +16,8 @@ class CheckpointTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def read(self, rows: slice, columns: slice | None = None) -> torch.Tensor:
-        """Rows `rows`, and of those the columns `columns`."""
+    def copy_to(self, destination: torch.Tensor, rows: slice, columns: slice | None = None) -> None:
+        """Bring rows `rows`, of those the columns `columns`, there; they may arrive when all else has been loaded."""
 
 
 @runtime_checkable
@@ -73,6 +73,6 @@ class Partition:
         """The target of a parameter that every rank holds in full."""
 
         def load(tensor: CheckpointTensor) -> None:
-            parameter.copy_(tensor.read(slice(0, tensor.shape[0])))
+            tensor.copy_to(parameter, slice(0, tensor.shape[0]))
 
         return WeightTarget(parameter, tuple(parameter.shape), load)

@@ -58,7 +58,10 @@ class ProductWeight:
         groups = None
         if self._form is WeightForm.QUANTISED and self.is_multiplied and isinstance(tensor, QuantisedTensor):
             groups = tensor.read_groups(rows, columns)
-        self.parameter[own].copy_(tensor.read(rows, columns) if groups is None else groups.values())
+        if groups is None:
+            tensor.copy_to(self.parameter[own], rows, columns)
+        else:
+            self.parameter[own].copy_(groups.values())
         self._filled(own, groups)
 
     def load_zeros(self, own: slice) -> None:
