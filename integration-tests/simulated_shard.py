@@ -170,6 +170,7 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
             result, duration_ns, num_tokens = batch.run(plan, self._times)
             if duration_ns:
                 start_ns = max(end_ns, arrived_ns)
+                result.idle_ns = start_ns - end_ns if end_ns else 0
                 end_ns = start_ns + duration_ns
                 self._log.write(np.array([start_ns, end_ns, num_tokens], np.int64).tobytes())
             result.forward_ns = result.step_ns = duration_ns

@@ -135,7 +135,7 @@ class StepPlan(_message.Message):
     def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns", "mask_ns")
+    __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns", "idle_ns", "mask_ns")
     STEP_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class StepResult(_message.Message):
     FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_NS_FIELD_NUMBER: _ClassVar[int]
     STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_NS_FIELD_NUMBER: _ClassVar[int]
     MASK_NS_FIELD_NUMBER: _ClassVar[int]
     step: int
     sequence_ids: bytes
@@ -155,5 +156,6 @@ class StepResult(_message.Message):
     forward_ns: int
     sample_ns: int
     step_ns: int
+    idle_ns: int
     mask_ns: int
-    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ..., mask_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., failed_sequence_ids: _Optional[bytes] = ..., failure_messages: _Optional[_Iterable[str]] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., step_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., mask_ns: _Optional[int] = ...) -> None: ...

@@ -1,7 +1,8 @@
 """The engine: the loop around the scheduler. Takes requests, keeps two plans in flight, publishes tokens.
 
-The next plan always leaves before the tokens of the last result are turned into text, so that the shards never wait
-for the router's output work, which is done in short slices.
+A plan that is due leaves before the tokens of the last result are turned into text, so that the shards never wait for
+the router's output work, which is done in short slices; one with time to spare waits for requests that still arrive
+(`plan_timing.py`).
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from text_generation_router.garbage import GarbageCollection
 from text_generation_router.limits import Limits, derive_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
+from text_generation_router.plan_timing import PlanTiming
 from text_generation_router.publisher import Publisher
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
 from text_generation_router.shard_client import ShardClient, ShardFailure
@@ -62,6 +64,8 @@ class Engine:
         self._publisher = Publisher(scheduler, self._report)
         self._garbage = GarbageCollection()
         self._in_flight: deque[PlanInFlight] = deque()
+        self._timing = PlanTiming()
+        self._due: asyncio.TimerHandle | None = None  # wakes the loop when a plan that is held back must leave
         self._results: deque[tuple[StepResult, int]] = deque()  # with the time at which it came
         self._is_probe_due = False
         self._wakeup = asyncio.Event()
@@ -201,15 +205,18 @@ class Engine:
 
     def _receive(self) -> None:
         sent, (result, result_ns) = self._in_flight.popleft(), self._results.popleft()
+        self._timing.ended(sent, result, result_ns)
         self._publisher.put(sent, result, result_ns, self._scheduler.update(result))
 
     async def _publish_slice(self) -> None:
+        started_ns = time.monotonic_ns()
         self._publisher.publish_slice()
+        self._timing.published(time.monotonic_ns() - started_ns)
         self._garbage.collect_young(is_resting=False)
         await asyncio.sleep(0)  # results and requests may have come
 
     async def _fill_pipeline(self) -> None:
-        """Send plans while there is room for them; a probe, if one is due, to shards that have none."""
+        """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none."""
         await self._send_plans()
         if self._is_probe_due and not self._in_flight:
             await self._send(self._scheduler.probe())
@@ -218,13 +225,28 @@ class Engine:
     async def _send_plans(self) -> None:
         """Results that wait to be handed out hold plans back, so that they cannot pile up before fast shards."""
         while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and self._publisher.num_waiting <= MAX_RESULTS_BEHIND:
+            was_held = self._due is not None
+            if self._in_flight and self._hold_back():
+                return
             if (plan := self._scheduler.schedule()) is None:
                 return
-            await self._send(plan)
+            await self._send(plan, is_held=was_held)
 
-    async def _send(self, plan: StepPlan) -> None:
+    def _hold_back(self) -> bool:
+        """Whether the plan behind the running step is not due yet; the loop is then woken when it is."""
         now_ns = time.monotonic_ns()
-        self._in_flight.append(PlanInFlight(plan, now_ns))
+        due_ns = self._timing.due_ns(self._in_flight[0], now_ns)
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        if due_ns <= now_ns:
+            return False
+        self._due = asyncio.get_running_loop().call_later((due_ns - now_ns) / 1e9, self._wakeup.set)
+        return True
+
+    async def _send(self, plan: StepPlan, is_held: bool = False) -> None:
+        now_ns = time.monotonic_ns()
+        self._in_flight.append(PlanInFlight(plan, now_ns, is_held))
         for new in plan.new_sequences:
             if (output := self._publisher.get(new.sequence_id)) is not None:
                 output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)

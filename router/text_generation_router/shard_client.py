@@ -82,6 +82,7 @@ def unpack_result(message: pb.StepResult) -> StepResult:
         forward_ns=message.forward_ns,
         sample_ns=message.sample_ns,
         step_ns=message.step_ns,
+        idle_ns=message.idle_ns,
         mask_ns=message.mask_ns,
     )
 

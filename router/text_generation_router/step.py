@@ -47,6 +47,7 @@ class PlanInFlight:
 
     plan: StepPlan
     sent_ns: int
+    is_held: bool = False  # it was held back until shortly before the running step's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +62,5 @@ class StepResult:
     forward_ns: int = 0
     sample_ns: int = 0
     step_ns: int = 0
+    idle_ns: int = 0  # how long the device had nothing to do before the step
     mask_ns: int = 0

@@ -45,6 +45,7 @@ class CpuExecution:
     def __init__(self, model: CausalModel) -> None:
         self._model = model
         self._kv_caches: KvCaches = []
+        self._last_end_ns = 0
 
     def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """The largest prefill, and the largest decode batch with one sequence at its longest; both sampled.
@@ -81,7 +82,9 @@ class CpuExecution:
             _apply(masks, logits)
         tokens = sample_tokens(logits, batch, inputs)
         ended = time.perf_counter_ns()
-        return FinishedStep(StepOutput(*tokens, forward_ended - started, ended - forward_ended))
+        idle_ns = started - self._last_end_ns if self._last_end_ns else 0
+        self._last_end_ns = ended
+        return FinishedStep(StepOutput(*tokens, forward_ended - started, ended - forward_ended, idle_ns))
 
     def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor | None:
         """Logits of the sampling rows; None where no row samples."""

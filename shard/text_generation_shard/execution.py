@@ -33,6 +33,7 @@ class StepOutput:
     is_valid: BoolArray  # [num_samples]; False where the logits were not finite
     forward_ns: int
     sample_ns: int
+    idle_ns: int = 0  # how long the device had nothing to do before it
 
 
 class RunningStep(Protocol):

@@ -114,6 +114,7 @@ class GpuExecution:
         self._model = model
         self._device = device
         self._recordings = Recordings(recorder, sizes)
+        self._events_before: StepEvents | None = None
 
     def run_worst_case(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """A step of as many tokens and samples as there can be, without a graph.
@@ -190,6 +191,7 @@ class GpuExecution:
                 window, groups, inputs.rows,
             )  # fmt: skip
         events, host_output = next(self._host_outputs)
+        before, self._events_before = self._events_before, events
         events.mark(0)
         self._send(turn, host, batch, kind)
         (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
@@ -198,7 +200,7 @@ class GpuExecution:
         launch_head = partial(
             self._launch_head, events, host_output, inputs.num_samples, num_samples, has_random, masks
         )
-        step = GpuStep(events, host_output, inputs.num_samples, launch_head)
+        step = GpuStep(events, before, host_output, inputs.num_samples, launch_head)
         if masks is None:
             step.choose_tokens()
         return step

@@ -15,11 +15,13 @@ class GpuStep:
     def __init__(
         self,
         events: "StepEvents",
+        before: "StepEvents | None",
         host_output: torch.Tensor,
         num_samples: int,
         launch_head: Callable[[], None],
     ) -> None:
         self._events = events
+        self._before = before  # of the step ahead: marked anew only when a third step follows
         self._host_output = host_output
         self._num_samples = num_samples
         self._launch_head: Callable[[], None] | None = launch_head
@@ -37,6 +39,7 @@ class GpuStep:
     def wait(self) -> StepOutput:
         """The one read of the step's tokens."""
         forward_ns, sample_ns = self._events.wait()
+        idle_ns = self._events.idle_since(self._before) if self._before is not None else 0
         columns = self._host_output.numpy()[:, : self._num_samples]
         return StepOutput(
             token_ids=columns[0].astype(np.int64),
@@ -44,6 +47,7 @@ class GpuStep:
             is_valid=columns[2] != 0,
             forward_ns=forward_ns,
             sample_ns=sample_ns,
+            idle_ns=idle_ns,
         )
 
 
@@ -61,6 +65,12 @@ class StepEvents:
             self._events[index].record()
         else:
             self._times_ns[index] = time.perf_counter_ns()
+
+    def idle_since(self, before: "StepEvents") -> int:
+        """Nanoseconds between the end of the step ahead and the beginning of this one, once both have ended."""
+        if not self._events:
+            return max(0, self._times_ns[0] - before._times_ns[2])
+        return max(0, int(before._events[2].elapsed_time(self._events[0]) * 1e6))
 
     def is_done(self) -> bool:
         return not self._events or self._events[2].query()

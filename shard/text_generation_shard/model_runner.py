@@ -212,6 +212,7 @@ class ModelRunner:
             forward_ns=output.forward_ns,
             sample_ns=output.sample_ns,
             step_ns=time.perf_counter_ns() - step.started_ns,
+            idle_ns=output.idle_ns,
             mask_ns=mask_ns,
         )
 

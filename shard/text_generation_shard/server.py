@@ -80,6 +80,7 @@ def pack_result(result: StepResult) -> pb.StepResult:
         forward_ns=result.forward_ns,
         sample_ns=result.sample_ns,
         step_ns=result.step_ns,
+        idle_ns=result.idle_ns,
         mask_ns=result.mask_ns,
     )
 

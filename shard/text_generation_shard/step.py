@@ -58,4 +58,5 @@ class StepResult:
     forward_ns: int = 0
     sample_ns: int = 0
     step_ns: int = 0
+    idle_ns: int = 0  # of the device, before the step
     mask_ns: int = 0
