@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from text_generation_router.config import RouterConfig
 from text_generation_shard.config import ShardConfig, graph_sizes
@@ -46,6 +47,7 @@ def check(settings: Settings, environment: Mapping[str, str]) -> RouterConfig:
         raise SettingsError(f"--api-keys-file {keys_file} cannot be read.")
     config = RouterConfig(**given)
     _check_limits(config)
+    _check_collector(config.otlp_endpoint)
     _check_gpu(ShardConfig(**settings.values_for(ShardConfig)))
     _report_idle(settings, environment)
     return config
@@ -105,6 +107,17 @@ def _check_limits(config: RouterConfig) -> None:
             continue
         if low > high or (low == high and "smaller" in rule):
             raise SettingsError(f"{_option(small)} {low} {rule} {_option(large)} {high}.")
+
+
+def _check_collector(endpoint: str | None) -> None:
+    if endpoint is None:
+        return
+    parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+        raise SettingsError(
+            f"--otlp-endpoint {endpoint} is not the address of a collector that takes OTLP over gRPC: give "
+            "http://HOST:PORT or https://HOST:PORT, without a path."
+        )
 
 
 def _check_gpu(config: ShardConfig) -> None:

@@ -14,7 +14,6 @@ class Refusal:
     allowed: tuple[Any, ...] = (None,)
 
 
-_TRACING = "traces are not exported; this server has Prometheus metrics at /metrics and one log line per request"
 _WATERMARK = "generated text is not watermarked"
 _ROPE = "the rotary scaling of the model's own config.json is used; write other values there"
 _NGROK = "this server opens no tunnels; run ngrok beside it"
@@ -32,8 +31,6 @@ REFUSED: dict[str, Refusal] = {
     "weights_cache_override": Refusal("give the folder that holds the weights and config.json as --model-id"),
     "rope_scaling": Refusal(_ROPE),
     "rope_factor": Refusal(_ROPE),
-    "otlp_endpoint": Refusal(_TRACING),
-    "otlp_service_name": Refusal(_TRACING, (LauncherConfig.otlp_service_name,)),
     "watermark_gamma": Refusal(_WATERMARK),
     "watermark_delta": Refusal(_WATERMARK),
     "ngrok": Refusal(_NGROK, (False,)),

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -25,6 +26,9 @@ from text_generation_router.parent_watch import watch_parent
 from text_generation_router.shard_client import ShardFailure
 from text_generation_router.tokenizer import Tokenizer
 from text_generation_router.tokenizer_files import BrokenTokenizer
+
+if TYPE_CHECKING:
+    from text_generation_router.tracing import Tracing
 
 logger = logging.getLogger("text_generation_router")
 
@@ -65,7 +69,8 @@ async def serve(config: RouterConfig) -> None:
         if engine is None:
             return
         grammars = _grammar_compiler(config, engine, tokenizer)
-        context = Context(config, engine, tokenizer, chat_template, metrics, grammars)
+        tracing = _tracing(config)
+        context = Context(config, engine, tokenizer, chat_template, metrics, grammars, tracing)
         server = Server(context, listener, metrics_listener)
         await server.start()
         if grammars is not None:
@@ -74,6 +79,8 @@ async def serve(config: RouterConfig) -> None:
         is_failed = await _ends_by_failure(engine, stop)
         await server.stop(grace_s=0.0 if is_failed else None)
         await engine.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         if grammars is not None:
             await grammars.close()
         if is_failed:
@@ -85,6 +92,15 @@ def _grammar_compiler(config: RouterConfig, engine: Engine, tokenizer: Tokenizer
     if config.disable_grammar_support or tokens is None:
         return None
     return GrammarCompiler(*tokens, engine.prepare_grammar)
+
+
+def _tracing(config: RouterConfig) -> "Tracing | None":
+    if config.otlp_endpoint is None:
+        return None
+    # Loading OpenTelemetry takes 0.2 s, which those who do not use it need not wait for.
+    from text_generation_router.tracing import start_tracing
+
+    return start_tracing(config.otlp_endpoint, config.otlp_service_name, config.served_model_name or config.model_id)
 
 
 async def _ends_by_failure(engine: Engine, stop: StopSignal) -> bool:

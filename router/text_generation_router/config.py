@@ -63,6 +63,10 @@ class RouterConfig:
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")
+    otlp_endpoint: str | None = flag(
+        None, "Collector that traces are sent to, by OTLP over gRPC: http://HOST:PORT. Default: no traces."
+    )
+    otlp_service_name: str = flag("text-generation-inference.router", "Name of this service in traces.")
     model_id: str = internal("")
     model_sha: str | None = internal(None)
     revision: str | None = internal(None)

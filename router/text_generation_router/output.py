@@ -1,6 +1,7 @@
 """Turns a sequence's token ids into the text its client sees, and finds the stop strings in it."""
 
 from text_generation_router.detokenizer import Detokenizer
+from text_generation_router.errors import RouterError
 from text_generation_router.sequence import Sequence
 from text_generation_router.stop_strings import StopStrings
 from text_generation_router.token_stream import FinishReason, TokenOutput, TokenStream
@@ -50,4 +51,10 @@ class SequenceOutput:
         if self.finish_reason is None:
             self.stream.write(outputs)
         else:
+            self.stream.num_preemptions = self.sequence.num_preemptions
             self.stream.finish(self.finish_reason, outputs)
+
+    def fail(self, error: RouterError) -> None:
+        """End the stream with an error."""
+        self.stream.num_preemptions = self.sequence.num_preemptions
+        self.stream.fail(error)

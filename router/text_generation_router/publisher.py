@@ -11,6 +11,7 @@ from text_generation_router.output import SequenceOutput
 from text_generation_router.scheduler import Progress, Scheduler
 from text_generation_router.step import PlanInFlight, StepResult
 from text_generation_router.step_report import StepReport
+from text_generation_router.token_stream import PrefillChunk
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Publisher:
         self._report = report
         self._outputs: dict[int, SequenceOutput] = {}  # by sequence id
         self._steps: deque[_Step] = deque()
+        self._last_result_ns = 0
 
     def add(self, output: SequenceOutput) -> None:
         """A sequence may get tokens from now on."""
@@ -59,6 +61,21 @@ class Publisher:
     def put(self, sent: PlanInFlight, result: StepResult, result_ns: int, progress: Sequence[Progress]) -> None:
         """Take a result, which came at `result_ns`, and what the scheduler made of it."""
         self._steps.append(_Step(sent, result, result_ns, progress))
+        if sent.plan.prefill_sequence_ids:
+            self._note_prefills(sent, result_ns)
+        self._last_result_ns = result_ns
+
+    def _note_prefills(self, sent: PlanInFlight, result_ns: int) -> None:
+        """Tell the streams of traced requests what the step computed; a plan may have waited for the one before."""
+        plan, started_ns = sent.plan, max(sent.sent_ns, self._last_result_ns)
+        for sequence_id, num_tokens in zip(plan.prefill_sequence_ids, plan.prefill_num_tokens, strict=True):
+            output = self._outputs.get(sequence_id)
+            if output is not None and output.stream.prefills is not None:
+                output.stream.prefills.append(
+                    PrefillChunk(
+                        plan.step, started_ns, result_ns, num_tokens, plan.num_prefill_tokens, plan.num_decode_tokens
+                    )
+                )
 
     @property
     def has_work(self) -> bool:
@@ -127,7 +144,7 @@ class Publisher:
     def _fail(self, output: SequenceOutput, error: RouterError) -> None:
         del self._outputs[output.sequence.sequence_id]
         self._scheduler.finish(output.sequence)
-        output.stream.fail(error)
+        output.fail(error)
 
     def end_all(self, error: RouterError) -> None:
         """Hand out what is there, then end every sequence with an error."""
@@ -145,4 +162,4 @@ class Publisher:
             logger.exception("The last tokens could not be handed out")
         outputs, self._outputs = self._outputs, {}
         for output in outputs.values():
-            output.stream.fail(error)
+            output.fail(error)

@@ -47,6 +47,18 @@ class Timings:
     finished_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """What one step computed of a prompt, for traces; nanoseconds of the monotonic clock."""
+
+    step: int
+    started_ns: int
+    ended_ns: int
+    num_tokens: int
+    num_step_prefill_tokens: int  # of all sequences in that step
+    num_step_decode_tokens: int
+
+
 @dataclass
 class TokenStream:
     """Written by the engine, read by one handler.
@@ -61,6 +73,8 @@ class TokenStream:
     finish_reason: FinishReason | None = None
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_preemptions: int = 0  # known once it has ended
+    prefills: list[PrefillChunk] | None = None  # noted only for a request that is traced
     _outputs: list[TokenOutput] = field(default_factory=list)
     _error: RouterError | None = None
     _wakeup: asyncio.Future[None] | None = None

@@ -25,6 +25,9 @@ def check(*arguments: str, **environment: str) -> RouterConfig:
         ("--max-batch-prefill-tokens 11 --max-batch-total-tokens 10", "--max-batch-prefill-tokens 11 must be at most"),
         ("--max-input-tokens 5 --max-input-length 5", "give one of them"),
         ("--hostname example.org", "is not an IP address"),
+        ("--otlp-endpoint http://collector:4318/v1/traces", "without a path"),
+        ("--otlp-endpoint unix:///run/collector", "http://HOST:PORT"),
+        ("--otlp-endpoint http://", "http://HOST:PORT"),
         ("--quantize awq --ngrok", "--quantize awq is not available"),
         ("--quantize awq --ngrok", "--ngrok is not available"),
     ],
@@ -32,6 +35,12 @@ def check(*arguments: str, **environment: str) -> RouterConfig:
 def test_contradictions_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         check(*arguments.split())
+
+
+def test_a_collector_is_named_by_host_and_port_with_or_without_a_scheme() -> None:
+    for endpoint in ("collector:4317", "http://collector:4317", "https://collector:4317/"):
+        assert check(OTLP_ENDPOINT=endpoint).otlp_endpoint == endpoint
+    assert check(OTLP_SERVICE_NAME="llm").otlp_service_name == "llm"
 
 
 def test_an_empty_api_key_is_refused_as_flag_and_unset_as_variable() -> None:

@@ -184,6 +184,30 @@ def test_a_character_cut_off_by_the_limit_is_flushed(tokenizer):
     run_with_engine(tokenizer, FakeShards({b"p": "a✓".encode()}), body)
 
 
+def test_a_traced_request_notes_its_chunks_and_preemptions(tokenizer):
+    prompts = (b"p" * 60, b"q" * 60)  # together with their answers more than the 256 tokens of KV memory
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = [engine.submit(request(prompt, 120), Timings()) for prompt in prompts]
+        for stream in streams:
+            stream.prefills = []
+        untraced = engine.submit(request(b"r"), Timings())
+        await asyncio.gather(*map(read_all, streams), read_all(untraced))
+        assert untraced.prefills is None
+        for stream, num_preemptions in zip(streams, (0, 1), strict=True):
+            assert stream.num_preemptions == num_preemptions
+            chunks = stream.prefills
+            first_pass = [chunk for chunk in chunks if chunk.ended_ns <= stream.timings.first_token_ns]
+            assert sum(chunk.num_tokens for chunk in first_pass) == 60
+            assert all(chunk.num_tokens <= 16 for chunk in chunks), "the budget of a step"
+            assert (len(chunks) > len(first_pass)) == bool(num_preemptions), "what is computed again shows too"
+            times = [time_ns for chunk in chunks for time_ns in (chunk.started_ns, chunk.ended_ns)]
+            assert times == sorted(times)
+            assert stream.timings.first_scheduled_ns <= times[0]
+
+    run_with_engine(tokenizer, FakeShards({prompts[0]: b"x" * 110, prompts[1]: b"y" * 110, b"r": b"z"}), body)
+
+
 def test_a_cancelled_request_is_removed_within_a_step(tokenizer):
     shards = FakeShards({b"p": b"x" * 40, b"q": b"y" * 40})
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
@@ -17,6 +17,9 @@ from text_generation_router.token_stream import Timings, TokenStream
 from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.validation import GrammarCompiler, Limits, PromptEncoder, Validator
+
+if TYPE_CHECKING:  # OpenTelemetry is loaded only where traces are on
+    from text_generation_router.tracing import Tracing
 
 
 class Engine(Protocol):
@@ -93,6 +96,7 @@ class Context:
     chat_template: ChatTemplate
     metrics: Metrics
     grammars: GrammarCompiler | None = None  # None where no grammar can be followed
+    tracing: "Tracing | None" = None
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)
@@ -124,6 +128,8 @@ CONTEXT_KEY = web.AppKey("context", Context)
 DOCUMENT_KEY: web.AppKey[dict[str, Any]] = web.AppKey("document")
 # Names of the request's fields that have no effect, for the header x-ignored-parameters.
 IGNORED_KEY = web.RequestKey("ignored_parameters", str)
+# Where the request stands in its trace, for the header traceresponse.
+TRACE_KEY = web.RequestKey("trace", str)
 # The request's id of ours; the id that its client sent, where that is fit to be shown; whose key it carries ("": none
 # or the one of `--api-key`).
 REQUEST_ID_KEY = web.RequestKey("request_id", str)

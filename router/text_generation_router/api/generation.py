@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
@@ -16,12 +16,16 @@ from text_generation_router.api.context import (
     IGNORED_KEY,
     REQUEST_ID_KEY,
     TENANT_KEY,
+    TRACE_KEY,
     Context,
 )
 from text_generation_router.api.fields import Fields
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.validation import GenerationOptions
+
+if TYPE_CHECKING:
+    from text_generation_router.request_trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +106,10 @@ class GenerationRequest:
         self._num_permits = 0
         self._generations: list[Generation] = []
         self._error: BaseException | None = None
+        self._trace: RequestTrace | None = None
+        if self.context.tracing is not None:
+            self._trace = self.context.tracing.begin(request.method, request.path, request.headers, self.received_ns)
+            request[TRACE_KEY] = self._trace.response_header
 
     async def __aenter__(self) -> "GenerationRequest":
         await self.context.turns.take()
@@ -115,6 +123,8 @@ class GenerationRequest:
             self.context.engine.cancel(generation.stream)
         if self._num_permits:
             self.context.permits.give_back(self._num_permits, (time.monotonic_ns() - self.received_ns) / 1e9)
+        if self._trace is not None:
+            self._end_trace(self._trace, error)
         if self._has_succeeded:
             return
         error = self._error or error
@@ -122,6 +132,11 @@ class GenerationRequest:
             self.context.metrics.request_failed(error, self._num_prompts)
         else:
             self.context.metrics.client_left(self._num_prompts)
+
+    def _end_trace(self, trace: "RequestTrace", error: BaseException | None) -> None:
+        ending = None if self._has_succeeded else self._error or error or ConnectionResetError()
+        prompts = [(generation.request, generation.stream) for generation in self._generations]
+        trace.end(self.received_ns, time.monotonic_ns(), prompts, ending, has_status=self._error is not None)
 
     def note_ignored(self, fields: Fields, *others: str) -> None:
         """Tell the client, and the debug log, which of its parameters have no effect."""
@@ -152,6 +167,8 @@ class GenerationRequest:
         stream = self.context.engine.submit(request, timings)
         generation = Generation(self.context, request, options, stream, timings)
         self._generations.append(generation)
+        if self._trace is not None and self._trace.is_recorded:
+            stream.prefills = []
         return generation
 
     def succeed(self) -> None:

@@ -13,6 +13,7 @@ from text_generation_router.api.context import (
     IGNORED_KEY,
     REQUEST_ID_KEY,
     TENANT_KEY,
+    TRACE_KEY,
     Context,
 )
 from text_generation_router.api.request_id import new_request_id
@@ -42,7 +43,7 @@ async def answer_preflight(request: web.Request, handler: Handler) -> web.Stream
 
 
 def answer_headers(allowed_origins: tuple[str, ...]) -> ResponseSignal:
-    """Headers that every answer carries, streams included: its id, the allowed origin, the ignored parameters."""
+    """Headers that every answer carries, streams included: ids, the allowed origin, the ignored parameters."""
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         origin = request.headers.get("Origin")
@@ -54,6 +55,8 @@ def answer_headers(allowed_origins: tuple[str, ...]) -> ResponseSignal:
                 response.headers["Access-Control-Allow-Origin"] = origin
         if (ignored := request.get(IGNORED_KEY)) is not None:
             response.headers["x-ignored-parameters"] = ignored
+        if (trace := request.get(TRACE_KEY)) is not None:
+            response.headers["traceresponse"] = trace
         request_id = request.get(CLIENT_REQUEST_ID_KEY) or request.get(REQUEST_ID_KEY)
         if request_id is not None:
             response.headers["x-request-id"] = request_id
