@@ -3,6 +3,7 @@
 At world size 1 no group exists and every collective returns at once.
 """
 
+import logging
 import os
 import socket
 from datetime import timedelta
@@ -11,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from text_generation_shard.peer_memory import PeerMemory
+
+logger = logging.getLogger(__name__)
+
 JOIN_TIMEOUT = timedelta(minutes=10)
+_peer_memory: PeerMemory | None = None
 
 
 def join_group(
@@ -43,6 +49,20 @@ def join_group(
         timeout=JOIN_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
+    if backend == "nccl":
+        _use_peer_memory(device)
+
+
+def _use_peer_memory(device: torch.device) -> None:
+    """Have small sums computed from the other GPUs' memory, if every rank can read it."""
+    global _peer_memory
+    try:
+        memory = PeerMemory(device)
+    except RuntimeError as error:
+        logger.info("GPUs cannot read each other's memory, so NCCL computes all sums: %s", error)
+        memory = None
+    if all_reduce_min(int(memory is not None)):
+        _peer_memory = memory
 
 
 def _rendezvous_store(rank: int, world_size: int, address: str, port: int, listen_fd: int | None) -> TCPStore:
@@ -86,9 +106,12 @@ def world_size() -> int:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over the ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    """Sum over the ranks; may be in place."""
+    if not dist.is_initialized():
+        return tensor
+    if _peer_memory is not None and _peer_memory.can_sum(tensor):
+        return _peer_memory.sum(tensor)
+    dist.all_reduce(tensor)
     return tensor
 
 
@@ -103,12 +126,13 @@ def all_reduce_min(value: int) -> int:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The ranks' tensors side by side along the last dimension, on every rank."""
+    """The ranks' tensors side by side, on every rank."""  # [R, n] -> [R, n * world_size]
     if not dist.is_initialized():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, dim=-1)
+    num_ranks, (num_rows, num_columns) = dist.get_world_size(), tensor.shape
+    parts = tensor.new_empty(num_ranks * num_rows, num_columns)
+    dist.all_gather_into_tensor(parts, tensor.contiguous())
+    return parts.view(num_ranks, num_rows, num_columns).transpose(0, 1).flatten(1)
 
 
 def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from text_generation_kernels.attention_layout import MAX_NARROW_QUERY, Attention
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
-from text_generation_kernels.sampling import SamplingParameters, choose_best, sample
+from text_generation_kernels.sampling import Sampled, SamplingParameters, choose_best, sample
 from text_generation_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from text_generation_kernels.token_exchange import (
     NUM_OUTPUT_COLUMNS,
@@ -27,6 +27,7 @@ from text_generation_kernels.token_exchange import (
 )
 from text_generation_kernels.token_masks import NO_MASK, mask_tokens, num_words
 
+from text_generation_shard import distributed
 from text_generation_shard.cuda_graphs import Recorder, Recordings
 from text_generation_shard.execution import CausalModel
 from text_generation_shard.forward_context import ForwardContext, forward_context
@@ -42,8 +43,8 @@ MIN_SHARED_TOKENS = 256
 # Places of the block tables that one copy can change; a step that changes more takes several.
 MAX_TABLE_CHANGES = 1024
 
-
 NO_SLOT = -1
+NO_TOKEN = -1
 
 Kind = Literal["decode", "mixed"]
 KINDS: tuple[Kind, ...] = ("decode", "mixed")
@@ -324,7 +325,15 @@ class GpuExecution:
             sampled = sample(logits, parameters)
         else:
             sampled = choose_best(logits)
+        # Every rank samples from the same logits, but the masks are rank 0's alone.
+        sampled = _as_rank_0(sampled) if distributed.world_size() > 1 else sampled
         publish_tokens(*sampled, column["sampling_rows"], self._last_tokens, self._output)
+
+
+def _as_rank_0(sampled: Sampled) -> Sampled:
+    """Rank 0's tokens on every rank, and which of its rows were finite."""
+    tokens = distributed.broadcast(torch.where(sampled.is_finite, sampled.tokens, NO_TOKEN))
+    return sampled._replace(tokens=tokens.clamp(min=0), is_finite=tokens != NO_TOKEN)
 
 
 _NOTHING = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))

@@ -41,7 +41,8 @@ class InputBatch:
         self._free_rows = list(range(capacity))  # a heap: low rows first
         self._has_device_tables = has_device_tables
         self._table_changes: list[tuple[int, int]] = []  # first place in the flattened block tables, number of blocks
-        # Failed sequences left the batch; the router may name them until it learns of it and removes them.
+        # The router may name failed sequences until it learns of it and removes them. One that failed in a step keeps
+        # its row till then, so that the ranks of a group, which end steps at different times, run the same rows.
         self._failed_ids: set[int] = set()
 
     @property
@@ -59,10 +60,9 @@ class InputBatch:
     def apply(self, plan: StepPlan) -> dict[int, str]:
         """Apply a plan's changes; answers the new sequences that are refused, with the reason."""
         for sequence_id in plan.removed_sequence_ids.tolist():
-            if sequence_id in self._failed_ids:
-                self._failed_ids.remove(sequence_id)
-            else:
+            if not self._is_refused(sequence_id):
                 self._remove(sequence_id)
+            self._failed_ids.discard(sequence_id)
         failures = {}
         for sequence in plan.new_sequences:
             if reason := self._add(sequence):
@@ -89,7 +89,7 @@ class InputBatch:
         slots = self.block_tables[token_rows, positions // block_size].astype(np.int64) * block_size
         input_ids = self.last_token_ids[token_rows]
         for sequence_id in plan.prefill_sequence_ids.tolist():
-            if sequence_id not in self._failed_ids:
+            if not self._is_refused(sequence_id):
                 self._copy_known_tokens(sequence_id, rows, query_starts, input_ids)
 
         is_sampling = sequence_lengths >= self.num_known_tokens[rows]
@@ -119,18 +119,16 @@ class InputBatch:
     def settle(
         self, inputs: StepInputs, sequence_ids: Int32Array, token_ids: Int64Array, is_valid: BoolArray
     ) -> BoolArray:
-        """Take the tokens of the sequences that `advance` answered; those without a valid one leave the batch.
+        """Take the tokens of the sequences that `advance` answered; those without a valid one have failed.
 
         Answers which of them the router is to be told of: not those that had failed a step earlier.
         """
         is_there = self.sequence_ids[inputs.sampling_rows] == sequence_ids
-        self.last_token_ids[inputs.sampling_rows[is_there]] = token_ids[is_there]
+        self.last_token_ids[inputs.sampling_rows[is_there]] = np.where(is_valid, token_ids, 0)[is_there]
         is_told = np.ones(len(sequence_ids), np.bool_)
         if self._failed_ids:
             is_told = ~np.isin(sequence_ids, list(self._failed_ids))
-        for sequence_id in sequence_ids[~is_valid & is_there].tolist():
-            self._remove(sequence_id)
-            self._failed_ids.add(sequence_id)
+        self._failed_ids.update(sequence_ids[~is_valid & is_there].tolist())
         return is_told
 
     def tables(self, inputs: StepInputs) -> Int32Array:
@@ -146,6 +144,10 @@ class InputBatch:
         self._table_changes.clear()
         places = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
         return places, self.block_tables.reshape(-1)[places]
+
+    def _is_refused(self, sequence_id: int) -> bool:
+        """Whether it never entered the batch, and the router has not removed it yet."""
+        return sequence_id in self._failed_ids and sequence_id not in self._rows
 
     def _remove(self, sequence_id: int) -> None:
         row = self._rows.pop(sequence_id, None)
@@ -221,7 +223,7 @@ class InputBatch:
         self._check_block_ids(plan.grown_block_ids)
         start = 0
         for sequence_id, count in zip(plan.grown_sequence_ids.tolist(), counts.tolist(), strict=True):
-            if sequence_id not in self._failed_ids:
+            if not self._is_refused(sequence_id):
                 self._append_blocks(self._row(sequence_id), plan.grown_block_ids[start : start + count])
             start += count
 
@@ -246,7 +248,7 @@ class InputBatch:
         for sequence_id, count in zip(
             plan.prefill_sequence_ids.tolist(), plan.prefill_num_tokens.tolist(), strict=True
         ):
-            if sequence_id in self._failed_ids:
+            if self._is_refused(sequence_id):
                 continue
             row = self._row(sequence_id)
             num_left = int(self.num_known_tokens[row]) - int(self.num_computed_tokens[row])

@@ -84,11 +84,6 @@ class ModelRunner:
         return self._batch is not None
 
     @property
-    def refuses_grammars(self) -> bool:
-        """Whether no sequence may have one: GPUs that share a model sample each for itself, without rank 0's masks."""
-        return self._device.type == "cuda" and distributed.world_size() > 1
-
-    @property
     def overlaps(self) -> bool:
         """Whether a step may be launched before the one ahead of it is finished."""
         return self._execution.overlaps

@@ -139,8 +139,6 @@ class ShardService(ShardServicer):
 
     def Grammar(self, request: pb.GrammarRequest, context: grpc.ServicerContext) -> pb.GrammarReply:
         """Compiles in this thread, so that no step waits for it."""
-        if self._loop.runner.refuses_grammars:
-            return pb.GrammarReply(error="is not supported by a model that several GPUs share")
         try:
             self._sampling_grammars(context).prepare(request.grammar)
         except UnusableGrammar as error:

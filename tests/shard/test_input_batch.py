@@ -25,6 +25,7 @@ class NaiveSequence:
     num_computed: int
     blocks: list[int]
     seed: int = 0
+    is_failed: bool = False  # the router has not heard of it yet
 
     @property
     def is_decoding(self) -> bool:
@@ -38,7 +39,6 @@ class NaiveBatch:
     draw: st.DrawFn
     running: dict[int, NaiveSequence] = field(default_factory=dict)
     preempted: list[NaiveSequence] = field(default_factory=list)
-    failed: set[int] = field(default_factory=set)
     next_id: int = 7
 
     def integer(self, low: int, high: int) -> int:
@@ -50,9 +50,9 @@ class NaiveBatch:
         removed += [s.sequence_id for s in self.running.values() if len(s.tokens) >= LIMITS.max_sequence_length]
         removed = list(dict.fromkeys(removed))
         for sequence_id in removed:
-            self.preempted.append(self.running.pop(sequence_id))
-        gone = [sequence_id for sequence_id in sorted(self.failed) if self.integer(0, 1)]
-        self.failed -= set(gone)
+            sequence = self.running.pop(sequence_id)
+            if not sequence.is_failed:
+                self.preempted.append(sequence)
         new = [self.add() for _ in range(self.integer(0, LIMITS.max_num_sequences - len(self.running)))]
         work, budget = {}, LIMITS.max_step_tokens
         for sequence in self.running.values():
@@ -64,17 +64,15 @@ class NaiveBatch:
         grown = {s.sequence_id: self.grow(s, work.get(s.sequence_id, 0)) for s in self.running.values()}
         grown = {sequence_id: blocks for sequence_id, blocks in grown.items() if blocks}
         prefills = {i: count for i, count in work.items() if not self.running[i].is_decoding}
-        # The router has not heard of a failure yet, and still names the sequence.
-        late = {i: [1] for i in sorted(self.failed) if self.integer(0, 1)}
         plan = StepPlan(
             step=step,
-            removed_sequence_ids=ints(removed + gone),
+            removed_sequence_ids=ints(removed),
             new_sequences=tuple(new),
-            grown_sequence_ids=ints([*grown, *late]),
-            grown_num_blocks=ints([len(blocks) for blocks in [*grown.values(), *late.values()]]),
-            grown_block_ids=ints([block for blocks in [*grown.values(), *late.values()] for block in blocks]),
-            prefill_sequence_ids=ints([*prefills, *late]),
-            prefill_num_tokens=ints([*prefills.values(), *(1 for _ in late)]),
+            grown_sequence_ids=ints([*grown]),
+            grown_num_blocks=ints([len(blocks) for blocks in grown.values()]),
+            grown_block_ids=ints([block for blocks in grown.values() for block in blocks]),
+            prefill_sequence_ids=ints([*prefills]),
+            prefill_num_tokens=ints([*prefills.values()]),
         )
         return plan, work
 
@@ -168,15 +166,13 @@ def test_any_run_of_plans_computes_what_the_naive_model_says(data: st.DataObject
         tokens = [data.draw(st.integers(0, 99)) for _ in sampled_ids]
         is_valid = [data.draw(st.integers(0, 7)) != 0 for _ in sampled_ids]
         answered = settle(batch, inputs, tokens, is_valid)
-        assert answered == sampled_ids
+        assert answered == [i for i in sampled_ids if not naive.running[i].is_failed]
         for sequence_id, count in work.items():
             naive.running[sequence_id].num_computed += count
         for sequence_id, token, valid in zip(sampled_ids, tokens, is_valid, strict=True):
-            if valid:
-                naive.running[sequence_id].tokens.append(token)
-            else:
-                del naive.running[sequence_id]
-                naive.failed.add(sequence_id)
+            # A failed sequence keeps its place until the router removes it, as if token 0 had been chosen.
+            naive.running[sequence_id].tokens.append(token if valid else 0)
+            naive.running[sequence_id].is_failed |= not valid
         assert batch.num_sequences == len(naive.running)
 
 
@@ -315,7 +311,7 @@ def test_a_step_that_was_launched_before_the_one_ahead_of_it_ended() -> None:
     behind = batch.advance(second)
     tokens, valid, invalid = np.array([8, 9]), np.array([True, True]), np.array([False, True])
     assert batch.settle(first, ahead, tokens, invalid).tolist() == [True, True]
-    # Sequence 1 failed in the first step: the second computed it in vain, and nothing more is said of it.
+    # Sequence 1 failed in the first step: others compute it in vain, and nothing more is said of it.
     assert batch.settle(second, behind, tokens, invalid).tolist() == [False, True]
     assert batch.apply(plan_of(removed_sequence_ids=[1])) == {}
     # Sequence 2 is preempted while a step is under way: its token counts all the same, and its row is free.
