@@ -242,6 +242,17 @@ class Server:
 
         self.wait_for(is_idle, f"zero in {names}", timeout_s)
 
+    def check_books(self) -> dict[tuple[str, ...], float]:
+        """Once nothing runs, every request has ended and every token is accounted for; returns the samples."""
+        self.wait_idle()
+        samples = self.metrics()
+        assert samples["tgi_request_residual",] == samples["tgi_tokens_residual",] == 0
+        assert samples["tgi_sequences_without_reader",] == 0
+        assert samples["tgi_tokens_held", "results"] == samples["tgi_tokens_held", "streams"] == 0
+        ended = [value for name, value in samples.items() if name[0] == "tgi_request_failure"]
+        assert samples["tgi_request_count",] == samples["tgi_request_success",] + sum(ended)
+        return samples
+
 
 def pytest_configure() -> None:
     """SIGTERM ends the session in order, so that no server outlives it."""

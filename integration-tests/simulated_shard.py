@@ -13,6 +13,7 @@ import argparse
 import bisect
 import ctypes
 import json
+import os
 import queue
 import threading
 import time
@@ -144,6 +145,7 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
             vocab_size=49_152,
             max_position_embeddings=131_072,
             block_size=BLOCK_SIZE,
+            pid=os.getpid(),
         )
 
     def Warmup(self, request: shard_pb2.WarmupRequest, context: object) -> shard_pb2.WarmupReply:

@@ -49,7 +49,7 @@ def test_half_of_the_clients_leave(tiny: Server) -> None:
     before = counters(tiny)
     num_events = asyncio.run(run_streams(tiny, leave_after))
     assert num_events == [NUM_TOKENS if after is None else after for after in leave_after]
-    tiny.wait_idle()
+    tiny.check_books()
     moved = {name: value - before[name] for name, value in counters(tiny).items()}
     assert moved.pop("tgi_request_count") == NUM_STREAMS == sum(moved.values())
     # A client's leaving may cross with the last tokens of its stream.
@@ -73,7 +73,7 @@ def test_a_client_that_waits_for_a_whole_answer_leaves(tiny: Server) -> None:
 
     steps = tiny.metric("tgi_batch_inference_count", "decode")
     asyncio.run(leave_early())
-    tiny.wait_idle(10.0)
+    tiny.check_books()
     assert tiny.metric("tgi_batch_inference_count", "decode") - steps < 7000
 
 
@@ -100,6 +100,6 @@ def test_too_many_clients(serve: Any, tiny_model: Any) -> None:
                 assert reply.json()["error_type"] == "overloaded"
                 assert int(reply.headers["retry-after"]) >= 1
             assert server.get("/health").status == 200
-        server.wait_idle()
+        server.check_books()
         assert server.post("/generate", short).status == 200
         assert server.metric("tgi_request_failure", "overloaded") == 3

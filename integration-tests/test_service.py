@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,6 +51,30 @@ def test_metrics_are_read_by_prometheus_on_both_ports(demo: Server) -> None:
         assert samples["tgi_request_duration_bucket", "+Inf"] == samples["tgi_request_duration_count",]
         assert samples["tgi_request_generated_tokens_sum",] >= 2
         assert samples["tgi_batch_max_total_tokens",] == 16 * samples["tgi_kv_blocks_capacity",] >= 8192
+
+
+def test_processes_and_model_are_told_of(demo: Server) -> None:
+    samples = demo.metrics()
+    for name, package in (("router", "text_generation_router"), ("shard-0", "text_generation_shard")):
+        (process,) = (child for child in demo.children(package) if child.ppid() == demo.process.pid)
+        now = process.memory_info().rss
+        assert samples["tgi_process_resident_memory_bytes", name] == pytest.approx(now, rel=0.2)
+    text = demo.get("/metrics").body.decode()
+    (model,) = re.findall(r"tgi_model_info\{(.*)\} 1\n", text)
+    assert f'model_id="{NAME}"' in model
+    assert 'device="cpu",num_shards="1"' in model
+    assert f'tgi_build_info{{version="{demo.get("/info").json()["version"]}"' in text
+    assert "tgi_gpu" not in text
+
+
+def test_a_conversation_that_is_only_tokenised_is_a_request(demo: Server) -> None:
+    before = demo.check_books()
+    reply = demo.post("/chat_tokenize", {"messages": [{"role": "user", "content": "Hello"}]})
+    assert reply.status == 200
+    assert demo.post("/chat_tokenize", {"messages": 1}).status == 422
+    after = demo.check_books()
+    assert after["tgi_request_count",] == before["tgi_request_count",] + 2
+    assert after["tgi_request_rejected", "validation"] == before["tgi_request_rejected", "validation"] + 1
 
 
 def test_each_request_moves_the_counters_once(demo: Server) -> None:

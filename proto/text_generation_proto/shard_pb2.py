@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!text_generation_proto/shard.proto\x12\x18text_generation.shard.v1\"\r\n\x0bInfoRequest\"\xa6\x01\n\tInfoReply\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\rJ\x04\x08\x01\x10\x02J\x04\x08\t\x10\n\"w\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_num_sequences\x18\x02 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x04 \x01(\x04\"\'\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\rJ\x04\x08\x02\x10\x03\"V\n\x11VocabularyRequest\x12\x15\n\rtoken_lengths\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x15\n\reos_token_ids\x18\x03 \x01(\x0c\"\x11\n\x0fVocabularyReply\"!\n\x0eGrammarRequest\x12\x0f\n\x07grammar\x18\x01 \x01(\t\"\x1d\n\x0cGrammarReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"w\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\"\xd1\x01\n\x0bNewSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12>\n\x08sampling\x18\x06 \x01(\x0b\x32,.text_generation.shard.v1.SamplingParameters\x12\x0f\n\x07grammar\x18\x07 \x01(\t\"\xfd\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1c\n\x14removed_sequence_ids\x18\x02 \x01(\x0c\x12<\n\rnew_sequences\x18\x03 \x03(\x0b\x32%.text_generation.shard.v1.NewSequence\x12\x1a\n\x12grown_sequence_ids\x18\x04 \x01(\x0c\x12\x18\n\x10grown_num_blocks\x18\x05 \x01(\x0c\x12\x17\n\x0fgrown_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14prefill_sequence_ids\x18\x07 \x01(\x0c\x12\x1a\n\x12prefill_num_tokens\x18\x08 \x01(\x0c\"\xec\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x1b\n\x13\x66\x61iled_sequence_ids\x18\x06 \x01(\x0c\x12\x18\n\x10\x66\x61ilure_messages\x18\x07 \x03(\t\x12\x12\n\nforward_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x0f\n\x07step_ns\x18\n \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0b \x01(\x04\x12\x0f\n\x07mask_ns\x18\x0c \x01(\x04J\x04\x08\x03\x10\x04\x32\xa7\x04\n\x05Shard\x12R\n\x04Info\x12%.text_generation.shard.v1.InfoRequest\x1a#.text_generation.shard.v1.InfoReply\x12X\n\x06Warmup\x12\'.text_generation.shard.v1.WarmupRequest\x1a%.text_generation.shard.v1.WarmupReply\x12\x64\n\nVocabulary\x12+.text_generation.shard.v1.VocabularyRequest\x1a).text_generation.shard.v1.VocabularyReply\x12[\n\x07Grammar\x12(.text_generation.shard.v1.GrammarRequest\x1a&.text_generation.shard.v1.GrammarReply\x12X\n\x06Health\x12\'.text_generation.shard.v1.HealthRequest\x1a%.text_generation.shard.v1.HealthReply\x12S\n\x03Run\x12\".text_generation.shard.v1.StepPlan\x1a$.text_generation.shard.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!text_generation_proto/shard.proto\x12\x18text_generation.shard.v1\"\r\n\x0bInfoRequest\"\xc8\x01\n\tInfoReply\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\n \x01(\r\x12\x13\n\x0b\x64\x65vice_uuid\x18\x0b \x01(\tJ\x04\x08\x01\x10\x02J\x04\x08\t\x10\n\"w\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_num_sequences\x18\x02 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x04 \x01(\x04\"\'\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\rJ\x04\x08\x02\x10\x03\"V\n\x11VocabularyRequest\x12\x15\n\rtoken_lengths\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x15\n\reos_token_ids\x18\x03 \x01(\x0c\"\x11\n\x0fVocabularyReply\"!\n\x0eGrammarRequest\x12\x0f\n\x07grammar\x18\x01 \x01(\t\"\x1d\n\x0cGrammarReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"w\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\"\xd1\x01\n\x0bNewSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12>\n\x08sampling\x18\x06 \x01(\x0b\x32,.text_generation.shard.v1.SamplingParameters\x12\x0f\n\x07grammar\x18\x07 \x01(\t\"\xfd\x01\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1c\n\x14removed_sequence_ids\x18\x02 \x01(\x0c\x12<\n\rnew_sequences\x18\x03 \x03(\x0b\x32%.text_generation.shard.v1.NewSequence\x12\x1a\n\x12grown_sequence_ids\x18\x04 \x01(\x0c\x12\x18\n\x10grown_num_blocks\x18\x05 \x01(\x0c\x12\x17\n\x0fgrown_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14prefill_sequence_ids\x18\x07 \x01(\x0c\x12\x1a\n\x12prefill_num_tokens\x18\x08 \x01(\x0c\"\xec\x01\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x1b\n\x13\x66\x61iled_sequence_ids\x18\x06 \x01(\x0c\x12\x18\n\x10\x66\x61ilure_messages\x18\x07 \x03(\t\x12\x12\n\nforward_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x0f\n\x07step_ns\x18\n \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0b \x01(\x04\x12\x0f\n\x07mask_ns\x18\x0c \x01(\x04J\x04\x08\x03\x10\x04\x32\xa7\x04\n\x05Shard\x12R\n\x04Info\x12%.text_generation.shard.v1.InfoRequest\x1a#.text_generation.shard.v1.InfoReply\x12X\n\x06Warmup\x12\'.text_generation.shard.v1.WarmupRequest\x1a%.text_generation.shard.v1.WarmupReply\x12\x64\n\nVocabulary\x12+.text_generation.shard.v1.VocabularyRequest\x1a).text_generation.shard.v1.VocabularyReply\x12[\n\x07Grammar\x12(.text_generation.shard.v1.GrammarRequest\x1a&.text_generation.shard.v1.GrammarReply\x12X\n\x06Health\x12\'.text_generation.shard.v1.HealthRequest\x1a%.text_generation.shard.v1.HealthReply\x12S\n\x03Run\x12\".text_generation.shard.v1.StepPlan\x1a$.text_generation.shard.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,31 +34,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_start=63
   _globals['_INFOREQUEST']._serialized_end=76
   _globals['_INFOREPLY']._serialized_start=79
-  _globals['_INFOREPLY']._serialized_end=245
-  _globals['_WARMUPREQUEST']._serialized_start=247
-  _globals['_WARMUPREQUEST']._serialized_end=366
-  _globals['_WARMUPREPLY']._serialized_start=368
-  _globals['_WARMUPREPLY']._serialized_end=407
-  _globals['_VOCABULARYREQUEST']._serialized_start=409
-  _globals['_VOCABULARYREQUEST']._serialized_end=495
-  _globals['_VOCABULARYREPLY']._serialized_start=497
-  _globals['_VOCABULARYREPLY']._serialized_end=514
-  _globals['_GRAMMARREQUEST']._serialized_start=516
-  _globals['_GRAMMARREQUEST']._serialized_end=549
-  _globals['_GRAMMARREPLY']._serialized_start=551
-  _globals['_GRAMMARREPLY']._serialized_end=580
-  _globals['_HEALTHREQUEST']._serialized_start=582
-  _globals['_HEALTHREQUEST']._serialized_end=597
-  _globals['_HEALTHREPLY']._serialized_start=599
-  _globals['_HEALTHREPLY']._serialized_end=612
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=614
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=733
-  _globals['_NEWSEQUENCE']._serialized_start=736
-  _globals['_NEWSEQUENCE']._serialized_end=945
-  _globals['_STEPPLAN']._serialized_start=948
-  _globals['_STEPPLAN']._serialized_end=1201
-  _globals['_STEPRESULT']._serialized_start=1204
-  _globals['_STEPRESULT']._serialized_end=1440
-  _globals['_SHARD']._serialized_start=1443
-  _globals['_SHARD']._serialized_end=1994
+  _globals['_INFOREPLY']._serialized_end=279
+  _globals['_WARMUPREQUEST']._serialized_start=281
+  _globals['_WARMUPREQUEST']._serialized_end=400
+  _globals['_WARMUPREPLY']._serialized_start=402
+  _globals['_WARMUPREPLY']._serialized_end=441
+  _globals['_VOCABULARYREQUEST']._serialized_start=443
+  _globals['_VOCABULARYREQUEST']._serialized_end=529
+  _globals['_VOCABULARYREPLY']._serialized_start=531
+  _globals['_VOCABULARYREPLY']._serialized_end=548
+  _globals['_GRAMMARREQUEST']._serialized_start=550
+  _globals['_GRAMMARREQUEST']._serialized_end=583
+  _globals['_GRAMMARREPLY']._serialized_start=585
+  _globals['_GRAMMARREPLY']._serialized_end=614
+  _globals['_HEALTHREQUEST']._serialized_start=616
+  _globals['_HEALTHREQUEST']._serialized_end=631
+  _globals['_HEALTHREPLY']._serialized_start=633
+  _globals['_HEALTHREPLY']._serialized_end=646
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=648
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=767
+  _globals['_NEWSEQUENCE']._serialized_start=770
+  _globals['_NEWSEQUENCE']._serialized_end=979
+  _globals['_STEPPLAN']._serialized_start=982
+  _globals['_STEPPLAN']._serialized_end=1235
+  _globals['_STEPRESULT']._serialized_start=1238
+  _globals['_STEPRESULT']._serialized_end=1474
+  _globals['_SHARD']._serialized_start=1477
+  _globals['_SHARD']._serialized_end=2028
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size")
+    __slots__ = ("dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size", "pid", "device_uuid")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class InfoReply(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITION_EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     device_name: str
     rank: int
@@ -26,7 +28,9 @@ class InfoReply(_message.Message):
     vocab_size: int
     max_position_embeddings: int
     block_size: int
-    def __init__(self, dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
+    pid: int
+    device_uuid: str
+    def __init__(self, dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ..., pid: _Optional[int] = ..., device_uuid: _Optional[str] = ...) -> None: ...
 
 class WarmupRequest(_message.Message):
     __slots__ = ("max_step_tokens", "max_num_sequences", "max_sequence_length", "max_kv_tokens")

@@ -23,6 +23,7 @@ from text_generation_router.limits import InvalidLimits
 from text_generation_router.logs import set_up_logging
 from text_generation_router.metrics import Metrics
 from text_generation_router.parent_watch import watch_parent
+from text_generation_router.process_report import ProcessReport
 from text_generation_router.shard_client import ShardFailure
 from text_generation_router.tokenizer import Tokenizer
 from text_generation_router.tokenizer_files import BrokenTokenizer
@@ -69,6 +70,9 @@ async def serve(config: RouterConfig) -> None:
         if engine is None:
             return
         grammars = _grammar_compiler(config, engine, tokenizer)
+        processes = ProcessReport(metrics, engine.shard_processes)
+        resources.callback(processes.stop)
+        processes.start()
         tracing = _tracing(config)
         context = Context(config, engine, tokenizer, chat_template, metrics, grammars, tracing)
         server = Server(context, listener, metrics_listener)

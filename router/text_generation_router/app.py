@@ -107,7 +107,7 @@ class Server:
         for runner, listener in zip(self._runners, self._listeners, strict=True):
             await runner.setup()
             assert runner.server is not None, "set up"
-            factory = connection_factory(runner.server)
+            factory = connection_factory(runner.server, self._context.metrics.requests)
             self._sockets.append(
                 await asyncio.get_running_loop().create_server(factory, sock=listener, backlog=_BACKLOG)
             )

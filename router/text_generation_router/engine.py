@@ -25,7 +25,7 @@ from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
 from text_generation_router.publisher import Publisher
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
-from text_generation_router.shard_client import ShardClient, ShardFailure
+from text_generation_router.shard_client import ShardClient, ShardFailure, ShardProcess
 from text_generation_router.shard_progress import ShardProgress
 from text_generation_router.step import PlanInFlight, StepPlan, StepResult
 from text_generation_router.step_report import StepReport
@@ -62,6 +62,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._report = StepReport(metrics, scheduler)
         self._publisher = Publisher(scheduler, self._report)
+        self._tokens = metrics.tokens
+        metrics.on_scrape(self._report_tokens)
         self._garbage = GarbageCollection()
         self._in_flight: deque[PlanInFlight] = deque()
         self._timing = PlanTiming()
@@ -127,6 +129,18 @@ class Engine:
         if self._in_flight and self._in_flight[0].plan.is_empty:
             return time.monotonic_ns() - self._in_flight[0].sent_ns < PROBE_TIMEOUT_NS
         return True
+
+    def shard_processes(self) -> list[ShardProcess]:
+        """The processes of the ranks."""
+        return self._shards.processes
+
+    def unfinished_ids(self) -> list[int]:
+        """Sequences that have not ended, by the ids that their streams have."""
+        return self._scheduler.unfinished_ids()
+
+    def _report_tokens(self) -> None:
+        num_dropped = self._scheduler.num_dropped_tokens + self._publisher.num_dropped_tokens
+        self._tokens.set_results(self._publisher.num_held_tokens(), num_dropped)
 
     # The shards' side.
 
@@ -205,6 +219,7 @@ class Engine:
 
     def _receive(self) -> None:
         sent, (result, result_ns) = self._in_flight.popleft(), self._results.popleft()
+        self._report.received(result)
         self._timing.ended(sent, result, result_ns)
         self._publisher.put(sent, result, result_ns, self._scheduler.update(result))
 
@@ -262,6 +277,9 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     """
     shards = ShardClient(config.shard_uds_path, config.world_size)
     info = await shards.info()
+    metrics.processes.set_model(
+        config.model_id, config.model_sha or "", info.dtype, info.device_name, config.world_size
+    )
     max_step_tokens, max_num_sequences = step_limits(config, info)
     num_blocks = await shards.warm_up(
         max_step_tokens, max_num_sequences, config.max_total_tokens or 0, config.max_batch_total_tokens or 0
@@ -270,7 +288,7 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     blocks = BlockManager(num_blocks, info.block_size, config.prefix_caching)
     scheduler = Scheduler(SchedulerLimits(max_step_tokens, max_num_sequences), blocks, tokenizer.eos_token_ids)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
-    metrics.set_capacity(num_blocks * info.block_size)
+    metrics.memory.set_capacity(num_blocks * info.block_size)
     tokens = tokenizer.grammar_tokens(info.vocab_size)
     if tokens is not None and not config.disable_grammar_support:
         await shards.load_vocabulary(*tokens)

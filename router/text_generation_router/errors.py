@@ -11,6 +11,7 @@ RouterError
 ├── TemplateError                   422  template_error
 ├── ToolError                       422  tool_error
 ├── Overloaded                      429  overloaded
+│   └── GrammarsOverloaded
 ├── ShuttingDown                    503  overloaded
 ├── GenerationError                 424  generation
 ├── IncompleteGeneration            500  incomplete_generation
@@ -20,17 +21,34 @@ RouterError
 └── Unhealthy                       503  healthcheck
 """
 
+# Why a request is refused. Keys and broken HTTP are refused before there is an error of ours.
+REJECTIONS = (
+    "concurrent_requests",
+    "grammars",
+    "draining",
+    "unhealthy",
+    "validation",
+    "template",
+    "malformed",
+    "payload",
+    "body_time",
+    "http",
+    "api_key",
+)
+
 
 class RouterError(Exception):
     """A request that ends without an answer: `status` and `error_type` are the class's, the text is the reason's.
 
     `param` names the field of the body that is at fault, where there is one. `failure_label` is the value of
-    `tgi_request_failure`'s label `err`.
+    `tgi_request_failure`'s label `err`, `rejection` that of `tgi_request_rejected`'s label `reason`: one of REJECTIONS,
+    or "" where the error ends a request that was accepted.
     """
 
     status: int
     error_type: str
     failure_label: str
+    rejection: str = ""
     prefix: str = ""
     ends_connection: bool = False  # whether the rest of the client's bytes cannot be understood
 
@@ -44,6 +62,7 @@ class ValidationError(RouterError):
 
     status, error_type, failure_label = 422, "validation", "validation"
     prefix = "Input validation error: "
+    rejection = "validation"
 
 
 class MalformedRequest(ValidationError):
@@ -51,12 +70,14 @@ class MalformedRequest(ValidationError):
 
     status = 400
     ends_connection = True
+    rejection = "malformed"
 
 
 class MalformedBody(ValidationError):
     """A body that is not JSON."""
 
     status = 400
+    rejection = "malformed"
 
 
 class RequestTimeout(ValidationError):
@@ -64,12 +85,14 @@ class RequestTimeout(ValidationError):
 
     status = 408
     ends_connection = True
+    rejection = "body_time"
 
 
 class PayloadTooLarge(ValidationError):
     """A body longer than `--payload-limit`."""
 
     status = 413
+    rejection = "payload"
 
 
 class UnsupportedContentEncoding(ValidationError):
@@ -82,6 +105,7 @@ class BatchSizeExceeded(RouterError):
     """More prompts in one request than `--max-client-batch-size`; `error_type` is TGI's."""
 
     status, error_type, failure_label = 422, "batch size exceeded", "validation"
+    rejection = "validation"
 
 
 class TemplateError(RouterError):
@@ -89,6 +113,7 @@ class TemplateError(RouterError):
 
     status, error_type, failure_label = 422, "template_error", "template"
     prefix = "Template error: "
+    rejection = "template"
 
 
 class ToolError(RouterError):
@@ -96,6 +121,7 @@ class ToolError(RouterError):
 
     status, error_type, failure_label = 422, "tool_error", "validation"
     prefix = "Tool error: "
+    rejection = "validation"
 
 
 class Overloaded(RouterError):
@@ -103,6 +129,13 @@ class Overloaded(RouterError):
 
     status, error_type, failure_label = 429, "overloaded", "overloaded"
     prefix = "Model is overloaded"
+    rejection = "concurrent_requests"
+
+
+class GrammarsOverloaded(Overloaded):
+    """More grammars wait to be compiled than is bearable."""
+
+    rejection = "grammars"
 
 
 class ShuttingDown(RouterError):
@@ -110,6 +143,7 @@ class ShuttingDown(RouterError):
 
     status, error_type, failure_label = 503, "overloaded", "overloaded"
     prefix = "Model is overloaded: the server is shutting down"
+    rejection = "draining"
 
 
 class GenerationError(RouterError):
@@ -151,3 +185,4 @@ class Unhealthy(RouterError):
 
     status, error_type, failure_label = 503, "healthcheck", "generation"
     prefix = "unhealthy"
+    rejection = "unhealthy"

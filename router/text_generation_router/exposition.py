@@ -9,6 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DURATION_BOUNDS = [0.00015 * 1.5**i for i in range(35)]  # seconds
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def label(name: str, value: str) -> str:
+    """One label of a sample; any text may be its value."""
+    return f'{name}="{value.translate(_ESCAPES)}"'
 
 
 def _number(value: float) -> str:
@@ -28,9 +35,13 @@ class Counter:
         """Count `amount` more."""
         self.value += amount
 
-    def lines(self, name: str, label: str) -> Iterable[str]:
-        """The sample's line; `label` is `key="value"` or empty."""
-        yield f"{name}{{{label}}} {self.value}" if label else f"{name} {self.value}"
+    def set_total(self, total: int) -> None:
+        """Take over a total that is counted elsewhere."""
+        self.value = total
+
+    def lines(self, name: str, labels: str) -> Iterable[str]:
+        """The sample's line; `labels` are `key="value"`, or empty."""
+        yield f"{name}{{{labels}}} {self.value}" if labels else f"{name} {self.value}"
 
 
 class Gauge:
@@ -45,10 +56,10 @@ class Gauge:
         """Replace the value."""
         self.value = value
 
-    def lines(self, name: str, label: str) -> Iterable[str]:
-        """The sample's line; `label` is `key="value"` or empty."""
+    def lines(self, name: str, labels: str) -> Iterable[str]:
+        """The sample's line; `labels` are `key="value"`, or empty."""
         text = _number(self.value)
-        yield f"{name}{{{label}}} {text}" if label else f"{name} {text}"
+        yield f"{name}{{{labels}}} {text}" if labels else f"{name} {text}"
 
 
 class Histogram:
@@ -74,17 +85,17 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
-    def lines(self, name: str, label: str) -> Iterable[str]:
-        """The cumulative buckets, the sum and the count; `label` is `key="value"` or empty."""
+    def lines(self, name: str, labels: str) -> Iterable[str]:
+        """The cumulative buckets, the sum and the count; `labels` are `key="value"`, or empty."""
         if self._bucket_prefixes is None:
-            start = f"{name}_bucket{{{label}{',' if label else ''}le="
+            start = f"{name}_bucket{{{labels}{',' if labels else ''}le="
             bounds = [_number(bound) for bound in self._bounds] + ["+Inf"]
             self._bucket_prefixes = [f'{start}"{bound}"}} ' for bound in bounds]
         total = 0
         for prefix, count in zip(self._bucket_prefixes, self._counts, strict=True):
             total += count
             yield prefix + str(total)
-        braces = f"{{{label}}}" if label else ""
+        braces = f"{{{labels}}}" if labels else ""
         yield f"{name}_sum{braces} {_number(self._sum)}"
         yield f"{name}_count{braces} {total}"
 
@@ -99,17 +110,45 @@ class Registry:
     def __init__(self) -> None:
         self._families: dict[str, tuple[str, str, list[tuple[str, Instrument]]]] = {}
 
-    def add(self, name: str, help_text: str, instrument: InstrumentType, label: str = "") -> InstrumentType:
-        """Expose `instrument` under `name`; several with one name differ by `label`, `key="value"`."""
+    def add(self, name: str, help_text: str, instrument: InstrumentType, labels: str = "") -> InstrumentType:
+        """Expose `instrument` under `name`; several with one name differ by `labels`, as `label` writes one."""
         _, _, series = self._families.setdefault(name, (instrument.kind, help_text, []))
-        series.append((label, instrument))
+        series.append((labels, instrument))
         return instrument
+
+    def counter(self, name: str, help_text: str) -> Counter:
+        """A counter without labels."""
+        return self.add(name, help_text, Counter())
+
+    def counters(self, name: str, help_text: str, key: str, values: Iterable[str]) -> dict[str, Counter]:
+        """A counter for each value of a label."""
+        return {value: self.add(name, help_text, Counter(), label(key, value)) for value in values}
+
+    def gauge(self, name: str, help_text: str) -> Gauge:
+        """A gauge without labels."""
+        return self.add(name, help_text, Gauge())
+
+    def gauges(self, name: str, help_text: str, key: str, values: Iterable[str]) -> dict[str, Gauge]:
+        """A gauge for each value of a label."""
+        return {value: self.add(name, help_text, Gauge(), label(key, value)) for value in values}
+
+    def sizes(self, name: str, help_text: str, bounds: Sequence[float]) -> Histogram:
+        """A histogram without labels."""
+        return self.add(name, help_text, Histogram(bounds))
+
+    def duration(self, name: str, help_text: str) -> Histogram:
+        """A histogram of seconds."""
+        return self.sizes(name, help_text, DURATION_BOUNDS)
+
+    def durations(self, name: str, help_text: str, key: str, values: Iterable[str]) -> dict[str, Histogram]:
+        """A histogram of seconds for each value of a label."""
+        return {value: self.add(name, help_text, Histogram(DURATION_BOUNDS), label(key, value)) for value in values}
 
     def text(self) -> str:
         """The exposition."""
         lines: list[str] = []
         for name, (kind, help_text, series) in self._families.items():
             lines += (f"# HELP {name} {help_text}", f"# TYPE {name} {kind}")
-            for label, instrument in series:
-                lines += instrument.lines(name, label)
+            for labels, instrument in series:
+                lines += instrument.lines(name, labels)
         return "\n".join(lines) + "\n"

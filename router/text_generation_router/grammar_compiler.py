@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from text_generation_proto.columns import pack_int32, pack_strings
 
-from text_generation_router.errors import Overloaded
+from text_generation_router.errors import GrammarsOverloaded
 from text_generation_router.grammar import Grammar
 from text_generation_router.grammar_frames import GOOD, LENGTH_BYTES, frame, pack
 from text_generation_router.schema_checks import RefusedGrammar
@@ -166,7 +166,7 @@ class GrammarCompiler:
 
     def _start(self, grammar: Grammar) -> "asyncio.Task[Outcome]":
         if len(self._running) >= MAX_WAITING:
-            raise Overloaded(f": {MAX_WAITING} grammars wait to be compiled")
+            raise GrammarsOverloaded(f": {MAX_WAITING} grammars wait to be compiled")
         task = asyncio.create_task(self._try(grammar))
         self._running[grammar] = task
         task.add_done_callback(lambda _: self._running.pop(grammar, None))

@@ -5,6 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from text_generation_router.errors import GenerationError, InternalError, RouterError
 from text_generation_router.output import SequenceOutput
@@ -44,6 +45,7 @@ class Publisher:
         self._outputs: dict[int, SequenceOutput] = {}  # by sequence id
         self._steps: deque[_Step] = deque()
         self._last_result_ns = 0
+        self.num_dropped_tokens = 0  # they came for sequences that had ended
 
     def add(self, output: SequenceOutput) -> None:
         """A sequence may get tokens from now on."""
@@ -87,6 +89,12 @@ class Publisher:
         """Results that are not handed out yet, or not all."""
         return len(self._steps)
 
+    def num_held_tokens(self) -> int:
+        """Tokens in results that are not handed out yet."""
+        return sum(
+            change.failure is None for step in self._steps for change in islice(step.progress, step.num_published, None)
+        )
+
     def publish_slice(self) -> None:
         """Hand out what can be handed out in one slice of time."""
         end_ns = time.monotonic_ns() + SLICE_NS
@@ -125,7 +133,8 @@ class Publisher:
         for change in chunk:
             output = self._outputs.get(change.sequence.sequence_id)
             if output is None:
-                continue  # its client left meanwhile
+                self.num_dropped_tokens += change.failure is None
+                continue  # its client left meanwhile, or a stop string ended it
             if change.failure is not None:
                 self._fail(output, GenerationError(change.failure))
                 continue
@@ -133,6 +142,7 @@ class Publisher:
                 output.push(change.token_id, change.logprob, change.finish_reason)
             except Exception:
                 logger.exception("The text of one sequence failed")
+                self.num_dropped_tokens += 1
                 self._fail(output, InternalError())
                 continue
             touched.append(output)

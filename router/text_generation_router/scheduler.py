@@ -66,6 +66,8 @@ class Scheduler:
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
         self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.num_dropped_tokens = 0
 
     def add(self, request: ValidRequest) -> Sequence:
         """Queue a request as a new sequence."""
@@ -103,6 +105,10 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Sequences that have not ended: waiting, running, or with their last tokens in flight."""
         return len(self._by_id)
+
+    def unfinished_ids(self) -> list[int]:
+        """Their ids."""
+        return list(self._by_id)
 
     def schedule(self) -> StepPlan | None:
         """The next plan, or None when there is nothing to compute and nothing to tell the shards."""
@@ -185,6 +191,7 @@ class Scheduler:
         self._leave_batch(sequence)
         self._free_blocks(sequence)
         sequence.state = SequenceState.WAITING
+        sequence.num_lost_tokens = sequence.num_computed_tokens
         sequence.num_computed_tokens = 0
         sequence.num_registered_blocks = 0
         sequence.num_preemptions += 1
@@ -249,7 +256,9 @@ class Scheduler:
         sequence.num_computed_tokens = num_hit_tokens
         sequence.num_joined_tokens = len(sequence.token_ids)
         sequence.num_registered_blocks = len(hits)
-        if not sequence.num_preemptions:
+        if sequence.num_preemptions:
+            self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_hit_tokens)
+        else:
             sequence.num_cached_tokens = num_hit_tokens
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += num_hit_tokens
@@ -332,18 +341,20 @@ class Scheduler:
     def update(self, result: StepResult) -> list[Progress]:
         """Take a step's tokens in; sequences that end by length or EOS are finished here.
 
-        Rows of sequences that ended meanwhile are dropped.
+        Rows of sequences that ended meanwhile are dropped, and counted.
         """
         assert result.step == self._last_step_ended + 1, "results come in the order of the plans"
         self._last_step_ended = result.step
         progress = []
         for sequence_id, token_id, logprob in zip(result.sequence_ids, result.token_ids, result.logprobs, strict=True):
             sequence = self._by_id.get(sequence_id)
-            if sequence is not None:
-                reason = self._append(sequence, token_id)
-                progress.append(Progress(sequence, token_id, logprob, reason))
-                if reason is not None:
-                    self.finish(sequence)
+            if sequence is None:
+                self.num_dropped_tokens += 1
+                continue
+            reason = self._append(sequence, token_id)
+            progress.append(Progress(sequence, token_id, logprob, reason))
+            if reason is not None:
+                self.finish(sequence)
         progress += self._end_failed(result)
         if not self._by_id:
             self.check_idle()

@@ -30,6 +30,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_joined_tokens",
+        "num_lost_tokens",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -54,6 +55,7 @@ class Sequence:
         self.num_joined_tokens = 0  # tokens known when it joined the batch; beyond them it decodes
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.num_preemptions = 0
+        self.num_lost_tokens = 0  # computed when it was preempted last
         self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
         self.step_last_planned = 0
         self.awaited_key: bytes | None = None  # prefix-cache key of a block it waits for another to compute

@@ -31,9 +31,19 @@ class ShardInfo:
     """What the shards say of the model they hold (the fields of shard.proto's InfoReply)."""
 
     device_name: str
+    dtype: str
     vocab_size: int
     max_position_embeddings: int
     block_size: int
+
+
+@dataclass(frozen=True)
+class ShardProcess:
+    """One rank: its process, and the name of its GPU among all GPUs of the world, "" on a CPU."""
+
+    rank: int
+    pid: int
+    device_uuid: str
 
 
 def pack_plan(plan: StepPlan) -> bytes:
@@ -97,6 +107,7 @@ class ShardClient:
             grpc.aio.insecure_channel(shard_address(uds_path, rank), options=options) for rank in range(world_size)
         ]
         self._stubs = [ShardStub(channel) for channel in self._channels]
+        self.processes: list[ShardProcess] = []  # as `info` found them
         self._streams: list[grpc.aio.StreamStreamCall] = []
         self._readers: list[asyncio.Task[None]] = []
         self._is_closing = False
@@ -107,15 +118,17 @@ class ShardClient:
         replies = await self._ask_all(
             [stub.Info(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True) for stub in self._stubs]
         )
+        self.processes = [ShardProcess(reply.rank, reply.pid, reply.device_uuid) for reply in replies]
         reply = replies[0]
         for rank, other in enumerate(replies):
             if (other.rank, other.world_size) != (rank, len(replies)):
                 raise ShardFailure("the shards do not form one group of ranks")
-            other.rank = 0
+            other.rank, other.pid, other.device_uuid = reply.rank, reply.pid, reply.device_uuid
             if other != reply:
                 raise ShardFailure(f"shard {rank} does not hold the same model as shard 0")
         return ShardInfo(
             device_name=reply.device_name,
+            dtype=reply.dtype,
             vocab_size=reply.vocab_size,
             max_position_embeddings=reply.max_position_embeddings,
             block_size=reply.block_size,

@@ -85,6 +85,11 @@ class TokenStream:
         """Whether nothing more will be written."""
         return self.finish_reason is not None or self._error is not None
 
+    @property
+    def num_unread_tokens(self) -> int:
+        """Tokens that wait for the reader."""
+        return len(self._outputs)
+
     def note_scheduled(self, now_ns: int, num_cached_tokens: int) -> None:
         """The sequence is in a plan; only the first time counts."""
         if not self.timings.first_scheduled_ns:

@@ -32,6 +32,7 @@ class ModelInfo:
     device_name: str
     vocab_size: int
     max_position_embeddings: int
+    device_uuid: str = ""  # of a GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,5 +146,10 @@ def _execution(
 
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return ModelInfo(name, config.vocab_size, config.max_position_embeddings)
+    if device.type == "cpu":
+        return ModelInfo("cpu", config.vocab_size, config.max_position_embeddings)
+    properties = torch.cuda.get_device_properties(device)
+    # As the driver's tools write it.
+    return ModelInfo(
+        properties.name, config.vocab_size, config.max_position_embeddings, device_uuid=f"GPU-{properties.uuid}"
+    )

@@ -104,6 +104,8 @@ class ShardService(ShardServicer):
             vocab_size=info.vocab_size,
             max_position_embeddings=info.max_position_embeddings,
             block_size=layout.block_size,
+            pid=os.getpid(),
+            device_uuid=info.device_uuid,
         )
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:

@@ -21,8 +21,10 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
 from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
-from text_generation_router.tokenizer import TokenSpan
+from text_generation_router.tokenizer import Tokenizer, TokenSpan
 from text_generation_router.valid_request import ValidRequest
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 BOS_TOKEN_ID = 1
 END_TOKEN_ID = 299
@@ -141,6 +143,9 @@ class FakeEngine:
             task.cancel()
             self.left.append(stream)
 
+    def unfinished_ids(self) -> list[int]:
+        return list(self._running)
+
     def is_healthy(self) -> bool:
         return self.healthy and not self.is_draining
 
@@ -232,3 +237,29 @@ def openai_events_of() -> Callable[..., object]:
         return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """Token ids are bytes; 256 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    characters = {byte: character for byte, character in enumerate(bytes_to_characters(alphabet))}
+    vocabulary = {character: byte for byte, character in characters.items()}
+    backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 256, "vocab_size": 257}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    tokenizer = Tokenizer(folder, 1)
+    yield tokenizer
+    tokenizer.close()
+
+
+def bytes_to_characters(alphabet: list[str]) -> list[str]:
+    """GPT-2's byte alphabet, in the order of bytes: printable bytes stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(character for character in alphabet if ord(character) >= 256)
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]

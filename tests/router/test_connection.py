@@ -205,7 +205,7 @@ def test_a_client_that_reads_slowly_is_not_given_up(serving, monkeypatch, until)
 
     async def run():
         async with serving() as served:
-            connection = Connection(served.server._runners[0].server)
+            connection = Connection(served.server._runners[0].server, served.context.metrics.requests)
             # One size when the watch begins, one at each look, and one more when the watch goes on.
             connection.transport = transport = SlowTransport([100, 99, 99, 50, 50, 50])
             connection.pause_writing()

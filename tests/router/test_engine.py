@@ -1,7 +1,6 @@
 """The engine's loop between fake shards and real readers: streams, stop strings, cancellation, failure, drain."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -20,36 +19,8 @@ from text_generation_router.step import StepPlan, StepResult
 from text_generation_router.token_stream import FinishReason, Timings, TokenStream
 from text_generation_router.tokenizer import Tokenizer
 from text_generation_router.valid_request import ValidRequest
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 EOS = 256
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """Token ids are bytes; 256 ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    characters = {byte: character for byte, character in enumerate(bytes_to_characters(alphabet))}
-    vocabulary = {character: byte for byte, character in characters.items()}
-    backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": EOS, "vocab_size": 257}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    tokenizer = Tokenizer(folder, 1)
-    yield tokenizer
-    tokenizer.close()
-
-
-def bytes_to_characters(alphabet: list[str]) -> list[str]:
-    """GPT-2's byte alphabet, in the order of bytes: printable bytes stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(character for character in alphabet if ord(character) >= 256)
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
 class FakeShards:

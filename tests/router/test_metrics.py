@@ -5,9 +5,18 @@ import math
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from text_generation_router.errors import GenerationError, Overloaded, TemplateError, ValidationError
+from text_generation_router import errors
+from text_generation_router.errors import (
+    REJECTIONS,
+    GenerationError,
+    Overloaded,
+    RouterError,
+    TemplateError,
+    ValidationError,
+)
 from text_generation_router.exposition import Histogram
 from text_generation_router.metrics import Metrics
+from text_generation_router.process_metrics import GpuReading
 from text_generation_router.token_stream import Timings
 
 MAX_INPUT, MAX_TOTAL = 640, 1000
@@ -55,6 +64,22 @@ CONTRACT = {
     "tgi_prefix_cache_hit_tokens": ("counter", None, None),
     "tgi_request_time_to_first_token_duration": ("histogram", None, DURATIONS),
     "tgi_request_inter_token_duration": ("histogram", None, DURATIONS),
+    "tgi_request_rejected": ("counter", {("reason", reason) for reason in REJECTIONS}, None),
+    "tgi_request_running": ("gauge", None, None),
+    "tgi_request_residual": ("gauge", None, None),
+    "tgi_tokens_sampled": ("counter", None, None),
+    "tgi_tokens_streamed": ("counter", None, None),
+    "tgi_tokens_held": ("gauge", {("by", "results"), ("by", "streams")}, None),
+    "tgi_tokens_dropped": ("counter", {("reason", "ended"), ("reason", "unread")}, None),
+    "tgi_tokens_residual": ("gauge", None, None),
+    "tgi_step_duration": ("histogram", {("kind", kind) for kind in ("prefill", "decode", "mixed")}, DURATIONS),
+    "tgi_step_scheduled_tokens": (
+        "histogram",
+        {("kind", "prefill"), ("kind", "decode")},
+        [float(2**k) for k in range(15)],
+    ),
+    "tgi_sequences_without_reader": ("gauge", None, None),
+    "tgi_recomputed_tokens": ("counter", None, None),
 }
 
 
@@ -111,12 +136,12 @@ def test_no_suffixes_that_dashboards_do_not_ask_for():
 
 def test_accepted_is_success_and_failed_and_left_and_running():
     metrics = make_metrics()
-    metrics.request_arrived(9)
-    timings = Timings(10**9, 2 * 10**9, 4 * 10**9, 5 * 10**9, 8 * 10**9)
-    metrics.request_succeeded(timings, 3, 8)
+    metrics.requests.arrived(9)
+    metrics.requests.succeeded()
+    metrics.requests.generated(Timings(10**9, 2 * 10**9, 4 * 10**9, 5 * 10**9, 8 * 10**9), 8)
     for error in (ValidationError("x"), Overloaded(), GenerationError("x"), KeyError("x"), TemplateError("x")):
-        metrics.request_failed(error)
-    metrics.client_left()
+        metrics.requests.failed(error)
+    metrics.requests.client_left()
     failures = {err: value(metrics, "tgi_request_failure", err=err) for _, err in FAILURES}
     assert failures == {
         "overloaded": 1,
@@ -126,9 +151,13 @@ def test_accepted_is_success_and_failed_and_left_and_running():
         "incomplete": 0,
         "dropped": 1,
     }
-    running = value(metrics, "tgi_request_running")
-    assert running == 2
-    assert value(metrics, "tgi_request_count") == 1 + sum(failures.values()) + running
+    rejected = {reason: value(metrics, "tgi_request_rejected", reason=reason) for reason in REJECTIONS}
+    assert {reason for reason, count in rejected.items() if count} == {"validation", "concurrent_requests", "template"}
+    metrics.requests.set_running(2)
+    assert value(metrics, "tgi_request_running") == 2
+    assert value(metrics, "tgi_request_residual") == 0
+    metrics.requests.set_running(1)
+    assert value(metrics, "tgi_request_residual") == 1
     for name, seconds in (
         ("duration", 7),
         ("validation_duration", 1),
@@ -139,6 +168,40 @@ def test_accepted_is_success_and_failed_and_left_and_running():
     ):
         assert value(metrics, f"tgi_request_{name}_sum") == seconds
         assert value(metrics, f"tgi_request_{name}_count") == 1
+
+
+def test_every_error_has_labels_that_exist():
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RouterError)]
+    assert len(classes) > 10
+    for kind in classes:
+        if kind is not RouterError:
+            make_metrics().requests.failed(kind("x"))
+
+
+def test_sampled_is_streamed_and_held_and_dropped():
+    metrics = make_metrics()
+    metrics.tokens.sampled(20)
+    metrics.tokens.set_results(num_held=3, num_dropped=2)
+    metrics.tokens.set_streams(num_streamed=9, num_held=5, num_unread=1)
+    assert value(metrics, "tgi_tokens_residual") == 0
+    assert value(metrics, "tgi_tokens_dropped", reason="unread") == 1
+    metrics.tokens.sampled(4)
+    assert value(metrics, "tgi_tokens_residual") == 4
+
+
+def test_labels_may_hold_any_text():
+    metrics = make_metrics()
+    name = 'C:\\models\\"my"\nmodel'
+    metrics.processes.set_model(name, "", "bfloat16", "Some GPU", 2)
+    (sample,) = parse(metrics)["tgi_model_info"].samples
+    assert sample.value == 1
+    assert sample.labels == {
+        "model_id": name,
+        "model_sha": "",
+        "dtype": "bfloat16",
+        "device": "Some GPU",
+        "num_shards": "2",
+    }
 
 
 def test_buckets_count_what_is_at_most_their_bound():
@@ -156,20 +219,25 @@ def test_buckets_count_what_is_at_most_their_bound():
 
 def test_what_the_engine_reports():
     metrics = make_metrics()
-    metrics.on_scrape(lambda: metrics.set_queue_size(7))
-    metrics.step_started("decode")
-    metrics.step_ended("decode", inference_s=0.25, forward_s=0.125, decode_s=0.5, filter_s=0.0625, mask_s=0.5)
-    metrics.step_started("prefill")
-    metrics.step_failed("prefill")
-    metrics.batch_admitted(3)
-    metrics.batch_joined("chunking", 0.5)
-    metrics.set_batch(4, 400)
-    metrics.set_capacity(4096)
-    metrics.set_blocks(used=5, cached=6, total=256)
-    metrics.preempted(2)
-    metrics.prefix_query(100, 64)
-    metrics.first_token_read(0.5)
-    metrics.tokens_followed(0.125, 4)
+    metrics.on_scrape(lambda: metrics.memory.set_queue_size(7))
+    steps, memory = metrics.steps, metrics.memory
+    times = {"inference_s": 0.25, "device_s": 2, "forward_s": 0.125, "decode_s": 0.5, "filter_s": 0.0625, "mask_s": 0.5}
+    steps.started("decode", num_prefill_tokens=0, num_decode_tokens=48)
+    steps.ended("decode", "decode", **times)
+    steps.started("prefill", num_prefill_tokens=2000, num_decode_tokens=16)
+    steps.failed("prefill")
+    steps.admitted(3)
+    steps.joined("chunking", 0.5)
+    memory.set_batch(4, 400)
+    memory.set_capacity(4096)
+    memory.set_blocks(used=5, cached=6, total=256)
+    memory.set_preempted(2, 33)
+    memory.set_prefix_cache(100, 64)
+    memory.set_readerless(1)
+    metrics.requests.first_token_read(0.5)
+    metrics.tokens.followed(0.125, 4)
+    metrics.processes.set_resident("shard-1", 4096)
+    metrics.processes.set_gpu(1, GpuReading(5, 10, 0.75, None))
     for name, labels, expected in (
         ("tgi_batch_inference_count", {"method": "decode"}, 1),
         ("tgi_batch_inference_success", {"method": "decode"}, 1),
@@ -178,7 +246,12 @@ def test_what_the_engine_reports():
         ("tgi_batch_forward_duration_sum", {"method": "decode"}, 0.125),
         ("tgi_batch_decode_duration_sum", {"method": "decode"}, 0.5),
         ("tgi_batch_filter_duration_sum", {"method": "decode"}, 0.0625),
+        ("tgi_batch_mask_duration_sum", {}, 0.5),
         ("tgi_batch_inference_duration_count", {"method": "prefill"}, 0),
+        ("tgi_step_duration_sum", {"kind": "decode"}, 2),
+        ("tgi_step_scheduled_tokens_sum", {"kind": "prefill"}, 2000),
+        ("tgi_step_scheduled_tokens_count", {"kind": "prefill"}, 1),
+        ("tgi_step_scheduled_tokens_sum", {"kind": "decode"}, 64),
         ("tgi_batch_next_size_sum", {}, 3),
         ("tgi_batch_concat", {"reason": "chunking"}, 1),
         ("tgi_batch_concat_duration_sum", {"method": "decode"}, 0.5),
@@ -190,10 +263,17 @@ def test_what_the_engine_reports():
         ("tgi_kv_blocks_cached", {}, 6),
         ("tgi_kv_blocks_capacity", {}, 256),
         ("tgi_preemptions", {}, 2),
+        ("tgi_recomputed_tokens", {}, 33),
         ("tgi_prefix_cache_query_tokens", {}, 100),
         ("tgi_prefix_cache_hit_tokens", {}, 64),
+        ("tgi_sequences_without_reader", {}, 1),
         ("tgi_request_time_to_first_token_duration_sum", {}, 0.5),
         ("tgi_request_inter_token_duration_sum", {}, 0.5),
         ("tgi_request_inter_token_duration_count", {}, 4),
+        ("tgi_process_resident_memory_bytes", {"process": "shard-1"}, 4096),
+        ("tgi_gpu_memory_used_bytes", {"rank": "1"}, 5),
+        ("tgi_gpu_memory_total_bytes", {"rank": "1"}, 10),
+        ("tgi_gpu_utilization_ratio", {"rank": "1"}, 0.75),
     ):
         assert value(metrics, name, **labels) == expected, name
+    assert "tgi_gpu_power_watts" not in metrics.text()

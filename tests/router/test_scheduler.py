@@ -8,7 +8,7 @@ row that is told to fail writes nonsense, and so does every row that reads it.
 """
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -63,6 +63,8 @@ class ModelShard:
     rows: dict[int, Row] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
     failing: set[int] = field(default_factory=set)  # sequences whose rows fail
+    computed: Counter[tuple[int, int]] = field(default_factory=Counter)  # how often (sequence, position) was
+    num_sampled: int = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.apply_changes(plan)
@@ -77,11 +79,13 @@ class ModelShard:
         for sequence_id, count in work.items():
             row = self.rows[sequence_id]
             row.is_broken |= sequence_id in self.failing
+            self.computed.update((sequence_id, row.num_computed + index) for index in range(count))
             token = self.compute(row, count)
             if row.is_broken:
                 failures[sequence_id] = "not finite"
             elif token is not None:
                 sampled[sequence_id] = token
+        self.num_sampled += len(sampled)
         return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled), failures)
 
     def apply_changes(self, plan: StepPlan) -> None:
@@ -168,6 +172,8 @@ class Harness:
         assert self.scheduler.num_unfinished == 0
         self.scheduler.check_idle()
         assert not self.shard.rows, "the shard was not told of every end"
+        num_generated = sum(map(len, self.generated.values()))
+        assert self.shard.num_sampled == num_generated + self.scheduler.num_dropped_tokens
         size = self.blocks.block_size
         findable = {slot for block in self.blocks._hash_of_block for slot in range(block * size, (block + 1) * size)}
         assert not [slot for slot in findable if self.shard.slots[slot] == NONSENSE], "nonsense in the prefix cache"
@@ -243,6 +249,8 @@ def test_a_small_memory_preempts_and_everything_still_comes_out_right():
     sequences = [harness.add(make_request([i, i + 1, i + 2], 40, ignore_eos=True)) for i in range(6)]
     harness.run_until_idle()
     assert harness.scheduler.num_preemptions > 0
+    num_recomputed = harness.shard.computed.total() - len(harness.shard.computed)
+    assert harness.scheduler.num_recomputed_tokens == num_recomputed > 0
     for sequence in sequences:
         assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
 

@@ -449,7 +449,7 @@ def test_info_health_and_a_second_warm_up(shards: Shards) -> None:
         info = stub.Info(pb.InfoRequest(), timeout=TIMEOUT_S)
         assert info == pb.InfoReply(
             dtype="float32", device_name="cpu", rank=rank, world_size=world_size, vocab_size=96,
-            max_position_embeddings=128, block_size=16,
+            max_position_embeddings=128, block_size=16, pid=shards.processes[rank].pid,
         )  # fmt: skip
         stub.Health(pb.HealthRequest(), timeout=TIMEOUT_S)
         assert stub.Warmup(WARM_UP, timeout=TIMEOUT_S).num_blocks == NUM_BLOCKS

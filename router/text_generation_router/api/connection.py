@@ -19,6 +19,7 @@ from aiohttp.streams import StreamReader
 
 from text_generation_router.api.responses import as_router_error, error_response
 from text_generation_router.errors import MalformedRequest, RouterError
+from text_generation_router.request_metrics import RequestMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,24 @@ logger = logging.getLogger(__name__)
 WRITE_STALL_S = 60.0
 
 
-def connection_factory(server: web.Server) -> Callable[[], "Connection"]:
+def connection_factory(server: web.Server, metrics: RequestMetrics) -> Callable[[], "Connection"]:
     """What makes a connection's protocol, for the event loop."""
-    return lambda: Connection(server)
+    return lambda: Connection(server, metrics)
 
 
 class Connection(web.RequestHandler):
     """The protocol of one connection of `server`."""
 
-    __slots__ = ("_newest_body", "_num_untaken_bytes", "_stall_timer")
+    __slots__ = ("_metrics", "_newest_body", "_num_untaken_bytes", "_stall_timer")
 
-    def __init__(self, server: web.Server) -> None:
+    def __init__(self, server: web.Server, metrics: RequestMetrics) -> None:
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
             auto_decompress=False,
             access_log=None,  # type: ignore[arg-type] # None means that there is none
         )
+        self._metrics = metrics
         self._newest_body: StreamReader | None = None
         self._num_untaken_bytes = 0
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -112,6 +114,8 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, no other can be sent")
         error = _refusal(exc) if isinstance(exc, Exception) else as_router_error(RuntimeError(message))
+        if isinstance(error, MalformedRequest):
+            self._metrics.rejected("http")
         response = error_response(error, request.path, retry_after_s=0)
         response.force_close()
         response.headers["Server"] = "text-generation-router"  # else aiohttp adds its version

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
+from text_generation_router.api.open_requests import OpenRequests
 from text_generation_router.api.permits import Permits
 from text_generation_router.api.turns import Turns
 from text_generation_router.config import RouterConfig
@@ -34,6 +35,9 @@ class Engine(Protocol):
 
     def cancel(self, stream: TokenStream) -> None:
         """Forget a request; without effect once it has ended."""
+
+    def unfinished_ids(self) -> list[int]:
+        """The `sequence_id` of each stream whose sequence has not ended."""
 
     def is_healthy(self) -> bool:
         """Whether the shards make progress."""
@@ -100,11 +104,14 @@ class Context:
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)
+    open_requests: OpenRequests = field(init=False)
     turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         self.validator = Validator(self.config, self.engine.limits, self.tokenizer, self.grammars)
         self.permits = Permits(self.config.max_concurrent_requests)
+        self.open_requests = OpenRequests(self.metrics, self.engine.unfinished_ids)
+        self.metrics.processes.set_build(self.version, self.config.build_sha or "", self.config.docker_label or "")
 
     @property
     def served_name(self) -> str:

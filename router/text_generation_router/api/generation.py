@@ -49,7 +49,7 @@ class Generation:
         self.options = options
         self.stream = stream
         self.timings = timings
-        self._metrics = context.metrics
+        self._metrics = context.metrics.requests
         self._has_begun = False  # whether the first token was read
 
     @property
@@ -101,7 +101,8 @@ class GenerationRequest:
         self.request_id = request[REQUEST_ID_KEY]
         self._tenant = request.get(TENANT_KEY, "")
         self.received_ns = time.monotonic_ns()
-        self._num_prompts = 1
+        self.num_prompts = 1
+        self._metrics = self.context.metrics.requests
         self._has_succeeded = False
         self._num_permits = 0
         self._generations: list[Generation] = []
@@ -113,8 +114,19 @@ class GenerationRequest:
 
     async def __aenter__(self) -> "GenerationRequest":
         await self.context.turns.take()
-        self.context.metrics.request_arrived()
+        self._metrics.arrived()
+        self.context.open_requests.add(self)
         return self
+
+    @property
+    def streams(self) -> list[TokenStream]:
+        """Those of all prompts that were queued."""
+        return [generation.stream for generation in self._generations]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the client's connection is open."""
+        return self.http.transport is not None and not self.http.transport.is_closing()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -123,15 +135,16 @@ class GenerationRequest:
             self.context.engine.cancel(generation.stream)
         if self._num_permits:
             self.context.permits.give_back(self._num_permits, (time.monotonic_ns() - self.received_ns) / 1e9)
+        self.context.open_requests.remove(self)
         if self._trace is not None:
             self._end_trace(self._trace, error)
-        if self._has_succeeded:
-            return
         error = self._error or error
-        if isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
-            self.context.metrics.request_failed(error, self._num_prompts)
+        if self._has_succeeded:
+            self._count_success()
+        elif isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
+            self._metrics.failed(error, self.num_prompts)
         else:
-            self.context.metrics.client_left(self._num_prompts)
+            self._metrics.client_left(self.num_prompts)
 
     def _end_trace(self, trace: "RequestTrace", error: BaseException | None) -> None:
         ending = None if self._has_succeeded else self._error or error or ConnectionResetError()
@@ -149,8 +162,8 @@ class GenerationRequest:
 
     def admit(self, num_prompts: int = 1) -> None:
         """Take a permit for each prompt; raises Overloaded, and ShuttingDown while draining."""
-        self.context.metrics.request_arrived(num_prompts - 1)
-        self._num_prompts = num_prompts
+        self._metrics.arrived(num_prompts - 1)
+        self.num_prompts = num_prompts
         self.context.permits.take(num_prompts)
         self._num_permits = num_prompts
 
@@ -162,7 +175,7 @@ class GenerationRequest:
 
     def submit(self, request: ValidRequest, options: GenerationOptions) -> Generation:
         """Queue one prompt, made with these options."""
-        self.context.metrics.request_validated(len(request.token_ids), request.max_new_tokens)
+        self._metrics.validated(len(request.token_ids), request.max_new_tokens)
         timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
         stream = self.context.engine.submit(request, timings)
         generation = Generation(self.context, request, options, stream, timings)
@@ -172,13 +185,13 @@ class GenerationRequest:
         return generation
 
     def succeed(self) -> None:
-        """Count and log every prompt, once the answers of all are complete."""
+        """The answers of all prompts are complete: the request ends as a success."""
         self._has_succeeded = True
+
+    def _count_success(self) -> None:
+        self._metrics.succeeded(self.num_prompts)
         for generation in self._generations:
-            stream = generation.stream
-            self.context.metrics.request_succeeded(
-                generation.timings, stream.num_prompt_tokens, stream.num_generated_tokens
-            )
+            self._metrics.generated(generation.timings, generation.stream.num_generated_tokens)
             self._log_success(generation)
 
     def _log_success(self, generation: Generation) -> None:

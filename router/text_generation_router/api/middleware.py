@@ -72,6 +72,7 @@ def require_api_key(keys: ApiKeys, open_routes: set[web.AbstractRoute]) -> Middl
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         owner = keys.owner(request.headers.get("Authorization", ""))
         if owner is None and request.match_info.route not in open_routes:
+            request.app[CONTEXT_KEY].metrics.requests.rejected("api_key")
             return web.Response(status=401)
         request[TENANT_KEY] = owner or ""
         return await handler(request)

@@ -12,6 +12,7 @@ from text_generation_router.api.context import CONTEXT_KEY
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generate import read_call
 from text_generation_router.api.generate_schema import GENERATE_BODY
+from text_generation_router.api.generation import GenerationRequest
 from text_generation_router.api.responses import json_response
 from text_generation_router.tokenizer import TokenSpan
 from text_generation_router.validation import GenerationOptions
@@ -29,10 +30,12 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def chat_tokenize(request: web.Request) -> web.Response:
     """POST /chat_tokenize: the rendered prompt of a conversation and its tokens."""
-    context = request.app[CONTEXT_KEY]
-    call = read_chat_call(Fields(await read_body(request), CHAT_BODY), context.chat_template.family)
-    prompt = await render_prompt(context, call.conversation)
-    spans = await context.tokenizer.spans(prompt, add_special_tokens=False)
+    async with GenerationRequest(request) as record:  # as TGI counts it: among the requests
+        context = record.context
+        call = read_chat_call(Fields(await read_body(request), CHAT_BODY), context.chat_template.family)
+        prompt = await render_prompt(context, call.conversation)
+        spans = await context.tokenizer.spans(prompt, add_special_tokens=False)
+        record.succeed()
     return json_response(
         {"tokenize_response": _token_bodies(spans), "templated_text": context.tokenizer.visible_text(prompt)}
     )
