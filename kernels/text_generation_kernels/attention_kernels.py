@@ -14,7 +14,7 @@ NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(9)
 NUM_MERGE_COLUMNS: tl.constexpr = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "sliding_window"])
 def attention_items_kernel(
     query,  # [T, H, D]
     key_cache,  # [num_blocks, KVH, BLOCK_SIZE, D]

@@ -6,25 +6,27 @@ import torch
 import triton
 import triton.language as tl
 
+from text_generation_kernels.gpu import gpu_of
+
 # Set when Triton was imported with TRITON_INTERPRET=1: kernels then run, slowly, on CPU tensors.
 INTERPRETS = bool(triton.knobs.runtime.interpret)
 
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether operations on `tensor` go to the kernel; otherwise they go to the reference."""
-    return tensor.is_cuda or INTERPRETS
+    return tensor.is_cuda or INTERPRETS or (tensor.is_meta and gpu_of(tensor.device) is not None)
 
 
-@functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs of the largest size run at once."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    gpu = gpu_of(device)
+    return 4 if gpu is None else gpu.num_multiprocessors
 
 
-@functools.cache
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be started while the one ahead of it on the stream ends (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.capability >= (9, 0)
 
 
 def early_launch(device: torch.device) -> dict[str, bool]:

@@ -8,6 +8,8 @@ import functools
 
 import torch
 
+from text_generation_kernels.gpu import Gpu, gpu_of
+
 Settings = dict[str, int]
 
 # Said outright, because Triton's default changes between versions; an entry of the table may say otherwise.
@@ -127,18 +129,21 @@ SETTINGS: dict[tuple[str, str], Settings] = {
 
 
 @functools.cache
-def gpu_class(device: torch.device) -> str:
+def gpu_class(gpu: Gpu | None) -> str:
     """The table's word for this GPU."""
-    if device.type != "cuda":
-        return "default"
-    name = torch.cuda.get_device_name(device)
+    name = "" if gpu is None else gpu.name
     return next((kind for kind, words in GPU_CLASSES.items() if any(word in name for word in words)), "default")
 
 
-@functools.cache
 def launch_settings(operation: str, device: torch.device, shape: str = "") -> Settings:
     """The table's entry for this operation on this device, the closest there is."""
-    return settings_of_class(operation, gpu_class(device), shape)
+    return settings_of_gpu(operation, gpu_of(device), shape)
+
+
+@functools.cache
+def settings_of_gpu(operation: str, gpu: Gpu | None, shape: str) -> Settings:
+    """The table's entry for this operation on a GPU; None: where Triton interprets."""
+    return settings_of_class(operation, gpu_class(gpu), shape)
 
 
 def settings_of_class(operation: str, kind: str, shape: str = "") -> Settings:

@@ -80,7 +80,8 @@ class _Scratch:
         self.tile_ties = torch.empty(batch, num_tiles, dtype=torch.int32, device=device)
         self.tile_mass = torch.empty(batch, num_tiles, dtype=torch.int64, device=device)
         self.measures = torch.empty(2, batch, num_tiles, WAYS.value, dtype=torch.int64, device=device)
-        self.state = torch.empty(2, batch, 3, dtype=torch.int64, device=device)
+        # Two tensors: the second half of one would be aligned for some batches alone, and be compiled for twice.
+        self.state = [torch.empty(batch, 3, dtype=torch.int64, device=device) for _ in range(2)]
         self.limits = torch.empty(batch, 2, dtype=torch.int64, device=device)
         self.typical = torch.empty(batch, 2, dtype=torch.float32, device=device)
         self.tokens = torch.empty(batch, dtype=torch.int64, device=device)

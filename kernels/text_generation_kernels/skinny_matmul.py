@@ -10,6 +10,7 @@ import triton.language as tl
 
 from text_generation_kernels import reference_fused
 from text_generation_kernels.dispatch import INTERPRETS, runs_kernel, zeroed_counters
+from text_generation_kernels.gpu import gpu_of
 from text_generation_kernels.launch_settings import launch_settings
 
 MAX_ROWS = 64  # from more rows on cuBLAS is the faster one
@@ -20,7 +21,7 @@ MAX_TILES = 16384
 
 def is_skinny(x: torch.Tensor) -> bool:
     """Whether products with these rows come here rather than to cuBLAS, which is the faster one from more rows on."""
-    return x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32
+    return gpu_of(x.device) is not None and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32
 
 
 def skinny_linear(

@@ -31,7 +31,7 @@ def read_tokens(input_ids: torch.Tensor, last_tokens: torch.Tensor) -> torch.Ten
     num_tokens = input_ids.shape[0]
     if num_tokens:
         read_tokens_kernel[(triton.cdiv(num_tokens, _BLOCK),)](
-            input_ids, last_tokens, token_ids, num_tokens, BLOCK=_BLOCK, num_warps=4
+            input_ids, last_tokens, token_ids, num_tokens, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return token_ids
 
@@ -56,7 +56,7 @@ def publish_tokens(
     elif num_samples:
         publish_tokens_kernel[(triton.cdiv(num_samples, _BLOCK),)](
             tokens, logprobs, is_finite, rows, last_tokens, output, output.stride(0), num_samples,
-            BLOCK=_BLOCK, num_warps=4,
+            BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def read_tokens_kernel(input_ids, last_tokens, token_ids, num_tokens, BLOCK: tl.
     tl.store(token_ids + places, tl.where(ids < 0, sampled, ids), mask)
 
 
-@triton.jit(do_not_specialize=["num_samples"])
+@triton.jit(do_not_specialize=["num_samples", "output_stride"])
 def publish_tokens_kernel(
     tokens, logprobs, is_finite, rows, last_tokens, output, output_stride, num_samples, BLOCK: tl.constexpr
 ):  # fmt: skip

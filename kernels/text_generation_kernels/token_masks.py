@@ -32,7 +32,15 @@ def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tens
     elif batch:
         grid = (triton.cdiv(vocab_size, _TILE), batch)
         mask_tokens_kernel[grid](
-            logits, masks, mask_rows, logits.stride(0), masks.shape[1], vocab_size, TILE=_TILE, num_warps=8
+            logits,
+            masks,
+            mask_rows,
+            logits.stride(0),
+            masks.shape[1],
+            vocab_size,
+            TILE=_TILE,
+            num_warps=8,
+            enable_fp_fusion=True,
         )
 
 

@@ -1,7 +1,6 @@
 """`text-generation-server`: serves one rank, or downloads a model's weights. Loads torch only to serve."""
 
 import argparse
-import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -17,9 +16,10 @@ from typing import Any
 
 from text_generation_shard.config import ShardConfig
 from text_generation_shard.hub_download import HubSettings
+from text_generation_shard.kernel_compilation import KernelCompilation
 from text_generation_shard.logs import Timeline, set_up_logging
 from text_generation_shard.model_files import resolve_model
-from text_generation_shard.parent_watch import LAUNCHER_PID_VARIABLE, watch_parent
+from text_generation_shard.parent_watch import LAUNCHER_PID_VARIABLE, end_with_parent, watch_parent
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ REFUSED_OPTIONS = {
     "otlp_service_name": "the router alone sends traces",
     "max_input_tokens": "the router checks the limits of requests",
 }
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RefusedOption(ValueError):
@@ -75,11 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def config_from_options(options: argparse.Namespace) -> ShardConfig:
     """What `serve` was asked for; raises RefusedOption, or ValueError when the model cannot be resolved."""
     if options.config_json is not None:
-        values: dict[str, Any] = json.loads(options.config_json)
-        values["weight_files"] = tuple(values.get("weight_files", ()))
-        if unknown := values.keys() - {field.name for field in dataclasses.fields(ShardConfig)}:
-            raise ValueError(f"--config-json has unknown fields: {', '.join(sorted(unknown))}")
-        return ShardConfig(**values)
+        return config_from_json(options.config_json)
     for name, reason in REFUSED_OPTIONS.items():
         if getattr(options, name) is not None:
             raise RefusedOption(f"--{name.replace('_', '-')}: {reason}")
@@ -102,6 +95,15 @@ def config_from_options(options: argparse.Namespace) -> ShardConfig:
         log_level=options.logger_level,
     )
     return dataclasses.replace(config, **group)
+
+
+def config_from_json(text: str) -> ShardConfig:
+    """The configuration that another process handed down; raises ValueError when it is none."""
+    values: dict[str, Any] = json.loads(text)
+    values["weight_files"] = tuple(values.get("weight_files", ()))
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(ShardConfig)}:
+        raise ValueError(f"--config-json has unknown fields: {', '.join(sorted(unknown))}")
+    return ShardConfig(**values)
 
 
 def _group_of_environment() -> dict[str, Any]:
@@ -137,7 +139,7 @@ def set_up_process(run_folder: str) -> None:
     if not launcher_pid:
         return
     # A rank that hangs in C code cannot see its input's end, so the kernel is asked as well.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     if os.getppid() != int(launcher_pid):
         sys.exit("ERROR text_generation_shard: the launcher has gone")
 
@@ -151,16 +153,20 @@ def run_serve(options: argparse.Namespace, timeline: Timeline) -> int:
         return 1
     set_up_logging(config.log_level, config.json_output)
     set_up_process(config.run_folder)
+    # The other ranks launch what the first one does.
+    compilation = KernelCompilation(config) if config.device == "cuda" and config.rank == 0 else None
     timeline.phase_ends("config")
     try:
         from text_generation_shard.serve import serve
 
         timeline.phase_ends("import")
-        serve(config, timeline)
+        serve(config, timeline, compilation)
     except Exception as error:
         logger.exception("The shard ends: %s", error)
         return 1
     finally:
+        if compilation is not None:
+            compilation.stop()
         if options.config_json is None:
             shutil.rmtree(config.run_folder, ignore_errors=True)
     return 0

@@ -6,6 +6,8 @@ At world size 1 no group exists and every collective returns at once.
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 _peer_memory: PeerMemory | None = None
+_assumed_size = 1
 
 
 def join_group(
@@ -95,6 +98,17 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def assumed_group(world_size: int) -> Iterator[None]:
+    """Inside, collectives of tensors without memory ("meta") have the shapes that they have among so many ranks."""
+    global _assumed_size
+    before, _assumed_size = _assumed_size, world_size
+    try:
+        yield
+    finally:
+        _assumed_size = before
+
+
 def rank() -> int:
     """This process's place in the group; 0 answers the router."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -128,7 +142,7 @@ def all_reduce_min(value: int) -> int:
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The ranks' tensors side by side, on every rank."""  # [R, n] -> [R, n * world_size]
     if not dist.is_initialized():
-        return tensor
+        return torch.cat([tensor] * _assumed_size, dim=-1) if tensor.is_meta else tensor
     num_ranks, (num_rows, num_columns) = dist.get_world_size(), tensor.shape
     parts = tensor.new_empty(num_ranks * num_rows, num_columns)
     dist.all_gather_into_tensor(parts, tensor.contiguous())

@@ -11,6 +11,7 @@ import torch
 from text_generation_shard import distributed
 from text_generation_shard.config import ShardConfig, graph_sizes
 from text_generation_shard.execution import CausalModel, Execution
+from text_generation_shard.kernel_compilation import KernelCompilation
 from text_generation_shard.kv_cache import KvLayout
 from text_generation_shard.layers.partition import WeightForm
 from text_generation_shard.logs import Timeline
@@ -71,10 +72,14 @@ def choose_form(configured_dtype: str | None, device: torch.device) -> WeightFor
     return WeightForm.QUANTISED if configured_dtype is None else WeightForm.PACKED
 
 
-def serve(config: ShardConfig, timeline: Timeline) -> None:
+def serve(config: ShardConfig, timeline: Timeline, compilation: KernelCompilation | None = None) -> None:
     """Run the shard until SIGTERM or SIGINT; raises what ended it otherwise."""
     progress = ProgressFile(config.run_folder, config.rank)
     runner = load_runner(config, timeline, progress)
+    if compilation is not None:
+        compilation.wait()
+    distributed.all_reduce_min(0)  # no rank launches a kernel before the first one has seen to its compilation
+    timeline.phase_ends("kernels")
     loop = StepLoop(runner, config.rank, config.world_size)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.stop())
@@ -135,10 +140,12 @@ def _execution(
 
         return CpuExecution(model)
     from text_generation_kernels.attention_settings import AttentionShape
+    from text_generation_kernels.compilation import log_compilations
 
     from text_generation_shard.cuda_graphs import CudaRecorder
     from text_generation_shard.gpu_execution import GpuExecution, GpuModel
 
+    log_compilations()
     num_heads = model_config.num_heads // config.world_size
     shape = AttentionShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, layout.dtype)
     gpu_model = GpuModel(model, shape, model_config.hidden_size, layout.dtype, model_config.sliding_windows)

@@ -112,7 +112,8 @@ def token_cases(data: str) -> list[CompiledKernel]:
             kernels.read_tokens_kernel, settings, read, sizes, unaligned=("num_tokens",), has_wide_loads=False
         ),
         CompiledKernel(
-            kernels.publish_tokens_kernel, settings, publish, sizes, unaligned=("num_samples",), has_wide_loads=False
+            kernels.publish_tokens_kernel, settings, publish, sizes, unaligned=("num_samples", "output_stride"),
+            has_wide_loads=False,
         ),
     ]  # fmt: skip
 
@@ -201,7 +202,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
             cases.append(
                 CompiledKernel(
                     attention_kernels.attention_items_kernel, (f"attention_{form}", shape), items, sizes | rows,
-                    unaligned=("sliding_window",), has_wgmma=is_wide, is_early=not is_wide,
+                    unaligned=("sliding_window", "table_stride"), has_wgmma=is_wide, is_early=not is_wide,
                     name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
                 )
             )  # fmt: skip

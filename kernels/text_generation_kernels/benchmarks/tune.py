@@ -17,6 +17,7 @@ import triton
 
 from text_generation_kernels import launch_settings
 from text_generation_kernels.benchmarks.harness import Bench, Case, time_runs
+from text_generation_kernels.gpu import gpu_of
 from text_generation_kernels.launch_settings import SETTINGS, Settings, gpu_class
 
 Times = dict[tuple[str, str], dict[str, list[float]]]  # operation and shape -> candidate -> a time for each case
@@ -60,7 +61,7 @@ def tune(candidates: list[Settings], cases: Iterator[Case], bench: Bench, limit_
         yield f"# {name}: {len(by_candidate)} candidates"
         for score, text in ranked(by_candidate)[:3]:
             base = {key: value for key, value in current(operation, shape, bench).items() if key.islower()}
-            yield f"({name!r}, {gpu_class(bench.device)!r}): {base | by_text[text]},  # {score:.3f} of the best"
+            yield f"({name!r}, {gpu_class(gpu_of(bench.device))!r}): {base | by_text[text]},  # {score:.3f} of the best"
 
 
 def ranked(by_candidate: dict[str, list[float]]) -> list[tuple[float, str]]:
@@ -76,16 +77,16 @@ def ranked(by_candidate: dict[str, list[float]]) -> list[tuple[float, str]]:
 
 def current(operation: str, shape: str, bench: Bench) -> Settings:
     """The table's entry as it stands."""
-    return launch_settings.settings_of_class(operation, gpu_class(bench.device), shape)
+    return launch_settings.settings_of_class(operation, gpu_class(gpu_of(bench.device)), shape)
 
 
 def time_candidate(case: Case, candidate: Settings, bench: Bench) -> float:
     """Seconds of one run with the candidate in the table; infinity if the GPU cannot run it."""
     operation, shape = case.settings
-    key = (f"{operation}/{shape}" if shape else operation, gpu_class(bench.device))
+    key = (f"{operation}/{shape}" if shape else operation, gpu_class(gpu_of(bench.device)))
     before = SETTINGS.get(key)
     SETTINGS[key] = current(operation, shape, bench) | candidate
-    launch_settings.launch_settings.cache_clear()
+    launch_settings.settings_of_gpu.cache_clear()
     try:
         return time_runs(case.runs, bench)
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
@@ -95,7 +96,7 @@ def time_candidate(case: Case, candidate: Settings, bench: Bench) -> float:
             del SETTINGS[key]
         else:
             SETTINGS[key] = before
-        launch_settings.launch_settings.cache_clear()
+        launch_settings.settings_of_gpu.cache_clear()
 
 
 if __name__ == "__main__":
