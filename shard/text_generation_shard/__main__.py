@@ -19,7 +19,8 @@ from text_generation_shard.hub_download import HubSettings
 from text_generation_shard.kernel_compilation import KernelCompilation
 from text_generation_shard.logs import Timeline, set_up_logging
 from text_generation_shard.model_files import resolve_model
-from text_generation_shard.parent_watch import LAUNCHER_PID_VARIABLE, end_with_parent, watch_parent
+from text_generation_shard.parent_death import end_with_parent
+from text_generation_shard.parent_watch import LAUNCHER_PID_VARIABLE, watch_parent
 
 logger = logging.getLogger(__name__)
 

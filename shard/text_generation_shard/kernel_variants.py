@@ -23,7 +23,7 @@ from text_generation_shard.kv_cache import KvLayout, allocate_kv_caches
 from text_generation_shard.layers.partition import Partition
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.models import model_class
-from text_generation_shard.parent_watch import end_with_parent
+from text_generation_shard.parent_death import end_with_parent
 from text_generation_shard.step_inputs import BatchLimits
 
 META = torch.device("meta")

@@ -4,7 +4,6 @@ The launcher holds the write end of this process's standard input and never writ
 that the launcher no longer exists. Shard and router each have this file: packages do not import one another.
 """
 
-import ctypes
 import os
 import shutil
 import signal
@@ -13,8 +12,6 @@ import time
 
 LAUNCHER_PID_VARIABLE = "TEXT_GENERATION_LAUNCHER_PID"
 GRACE_S = 1.5
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def watch_parent(run_folder: str) -> None:
@@ -33,8 +30,3 @@ def _end_with_parent(run_folder: str) -> None:
     if run_folder:
         shutil.rmtree(run_folder, ignore_errors=True)
     os._exit(1)
-
-
-def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends; one that hangs in C code ends too."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
