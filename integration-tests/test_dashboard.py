@@ -177,7 +177,7 @@ def prometheus(serve: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
 
             def has_scraped() -> bool:
                 assert process.poll() is None, log.read_text()
-                with contextlib.suppress(OSError, http.client.HTTPException):
+                with contextlib.suppress(OSError, ValueError):  # not listening yet, or not ready
                     return len(prometheus.get("query", query="tgi_request_count[30s]")["result"]) > 0
                 return False
 
@@ -214,15 +214,10 @@ def test_tgis_own_dashboard_works(prometheus: Prometheus) -> None:
     wait_for_numbers(prometheus, queries)
 
 
-def test_numbers_are_those_of_the_load(prometheus: Prometheus) -> None:
-    wait_for_numbers(prometheus, [f"rate(tgi_request_success{{{SERVICE}}}[30s]) > 0"])
-    (failures,) = [{s["metric"]["err"] for s in prometheus.get("query", query="tgi_request_failure > 0")["result"]}]
-    wait_for_numbers(
-        prometheus, ['tgi_request_failure{err="validation"} > 0', 'tgi_request_failure{err="dropped"} > 0']
-    )
-    assert failures <= {"validation", "dropped", "overloaded"}
-    (sampled,) = prometheus.numbers("tgi_tokens_sampled")
-    assert sampled > 0
+def test_outcomes_are_those_of_the_load(prometheus: Prometheus) -> None:
+    wait_for_numbers(prometheus, [f'tgi_request_failure{{err="{err}"}} > 0' for err in ("validation", "dropped")])
+    wait_for_numbers(prometheus, ["rate(tgi_request_success[30s]) > 0", "tgi_prefix_cache_hit_tokens > 0"])
+    assert prometheus.numbers('tgi_request_failure{err=~"generation|incomplete|template"} > 0') == []
 
 
 def test_alerts_ask_for_what_there_is(prometheus: Prometheus) -> None:
