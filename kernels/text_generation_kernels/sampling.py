@@ -10,10 +10,16 @@ from typing import NamedTuple
 import torch
 import triton
 
-from text_generation_kernels import reference, reference_fused
+from text_generation_kernels import reference_sampling as reference
 from text_generation_kernels.dispatch import runs_kernel
 from text_generation_kernels.launch_settings import launch_settings
-from text_generation_kernels.sampling_kernels import choice_kernel, kept_mass_kernel, mass_kernel, statistics_kernel
+from text_generation_kernels.sampling_kernels import (
+    choice_kernel,
+    distribution_kernel,
+    kept_mass_kernel,
+    mass_kernel,
+    statistics_kernel,
+)
 from text_generation_kernels.sampling_search import WAYS, search_kernel, settle_kernel
 
 TILE = 4096  # tokens a program takes
@@ -46,10 +52,7 @@ class SamplingParameters(NamedTuple):
 def choose_best(logits: torch.Tensor) -> Sampled:
     """The best token of each row: one pass over the logits."""  # [B, V]
     if not runs_kernel(logits):
-        batch = logits.shape[0]
-        zeros = torch.zeros(batch)
-        tokens, logprobs = reference.sample(logits, zeros, zeros.long(), zeros + 1, zeros.long(), zeros.long())
-        return Sampled(tokens, logprobs, reference.finite_rows(logits))
+        return Sampled(*reference.choose_best(logits), reference.finite_rows(logits))
     return _sample(logits, None)
 
 
@@ -57,9 +60,26 @@ def sample(logits: torch.Tensor, parameters: SamplingParameters) -> Sampled:
     """A token for each row, by the row's own parameters."""  # [B, V]
     assert all(column.shape == logits.shape[:1] for column in parameters)
     if not runs_kernel(logits):
-        tokens, logprobs = reference_fused.sample(logits, *parameters)
-        return Sampled(tokens, logprobs, reference.finite_rows(logits))
+        return Sampled(*reference.sample(logits, *parameters), reference.finite_rows(logits))
     return _sample(logits, parameters)
+
+
+def final_logprobs(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+    """Log-probability of every token as `sample` would report it, -inf for one that it never chooses."""
+    # [B, V] -> [B, V] float32
+    if not runs_kernel(logits):
+        return reference.final_logprobs(logits, *parameters[:5])
+    result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    if logits.shape[0]:
+        work = _Scratch(logits)
+        _measure(logits, work)
+        _find_kept_tokens(logits, parameters, work)
+        distribution_kernel[work.grid](
+            logits, parameters.temperatures, parameters.min_p, work.tile_max, work.tile_sum, work.limits, work.typical,
+            work.tile_mass, work.tile_ties, result, logits.stride(0), logits.shape[1], LOW_BITS=work.low_bits,
+            TILE=TILE, **work.tiling, **launch_settings("sampling_search", logits.device),
+        )  # fmt: skip
+    return result
 
 
 class _Scratch:
@@ -97,17 +117,19 @@ class _Scratch:
 
 def _sample(logits: torch.Tensor, parameters: SamplingParameters | None) -> Sampled:
     work = _Scratch(logits)
-    stride, vocab_size = logits.stride(0), logits.shape[1]
     if logits.shape[0]:
-        settings = launch_settings("sampling_statistics", logits.device)
-        statistics_kernel[work.grid](
-            logits, work.tile_max, work.tile_best, work.tile_sum, stride, vocab_size,
-            NUM_TILES=work.grid[0], TILE=TILE, **settings,
-        )  # fmt: skip
+        _measure(logits, work)
         if parameters is not None:
             _find_kept_tokens(logits, parameters, work)
         _choose(logits, parameters, work)
     return Sampled(work.tokens, work.logprobs, work.is_finite)
+
+
+def _measure(logits: torch.Tensor, work: _Scratch) -> None:
+    statistics_kernel[work.grid](
+        logits, work.tile_max, work.tile_best, work.tile_sum, logits.stride(0), logits.shape[1],
+        NUM_TILES=work.grid[0], TILE=TILE, **launch_settings("sampling_statistics", logits.device),
+    )  # fmt: skip
 
 
 def _find_kept_tokens(logits: torch.Tensor, parameters: SamplingParameters, work: _Scratch) -> None:

@@ -110,10 +110,7 @@ def choice_kernel(
         floor, center, width = least_probability(min_p, row), tl.load(typical + row * 2), tl.load(typical + row * 2 + 1)
         least, quota = tl.load(limits + row * 2).to(tl.int32), tl.load(limits + row * 2 + 1)
         tie_weight = weight_of(value_of_key(least, LOW_BITS), maximum, scale, floor, center, width)
-        ties = tl.load(tile_ties + places, is_tile, other=0).to(tl.int64)
-        ties_before = tl.cumsum(ties, axis=0) - ties
-        kept_ties = tl.minimum(tl.maximum(quota - ties_before, 0), ties)
-        mass = tl.load(tile_mass + places, is_tile, other=0) + kept_ties * tie_weight
+        mass, ties = _kept_mass(tile_mass, tile_ties, row, quota, tie_weight, NUM_TILES, PADDED_TILES)
         cumulative = tl.cumsum(mass, axis=0)
         total = tl.sum(mass, axis=0)
         wanted = _below(total, tl.load(seeds + row), tl.load(positions + row))
@@ -128,6 +125,50 @@ def choice_kernel(
         chosen = tl.sum(tl.where(columns == tile * TILE + lane, (x - maximum) * scale, 0.0), axis=0)
         tl.store(tokens + row, (tile * TILE + lane).to(tl.int64))
         tl.store(logprobs + row, chosen - tl.log(total.to(tl.float64) / WEIGHT_ONE).to(tl.float32))
+
+
+@triton.jit
+def distribution_kernel(
+    logits, temperatures, min_p, tile_max, tile_sum, limits, typical, tile_mass, tile_ties, result, row_stride,
+    vocab_size, LOW_BITS: tl.constexpr, NUM_TILES: tl.constexpr, PADDED_TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Every row: each token's log-probability as choice_kernel would report it, -inf for what it never chooses."""
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    maximum = row_maximum(tile_max, row, NUM_TILES, PADDED_TILES)
+    columns = tile * TILE + tl.arange(0, TILE)
+    x = load_logits(logits + row * row_stride, columns, vocab_size)
+    out = result + row * vocab_size + columns
+    tiles = tl.arange(0, PADDED_TILES)
+    if is_random(temperature, maximum):
+        scale = inverse_temperature(temperature)
+        floor, center, width = least_probability(min_p, row), tl.load(typical + row * 2), tl.load(typical + row * 2 + 1)
+        least, quota = tl.load(limits + row * 2).to(tl.int32), tl.load(limits + row * 2 + 1)
+        tie_weight = weight_of(value_of_key(least, LOW_BITS), maximum, scale, floor, center, width)
+        mass, ties = _kept_mass(tile_mass, tile_ties, row, quota, tie_weight, NUM_TILES, PADDED_TILES)
+        num_ties = tl.sum(tl.where(tiles < tile, ties, 0), axis=0)
+        is_kept, _ = is_within(x, columns, vocab_size, least, quota, num_ties, LOW_BITS)
+        relative = (x - maximum) * scale
+        is_kept = is_kept & (tl.exp(relative) >= floor) & ~(tl.abs(center - relative) > width)
+        total = tl.log(tl.sum(mass, axis=0).to(tl.float64) / WEIGHT_ONE).to(tl.float32)
+        tl.store(out, tl.where(is_kept, relative - total, float("-inf")), columns < vocab_size)
+    else:
+        places = row * NUM_TILES + tiles
+        largest = tl.load(tile_max + places, tiles < NUM_TILES, other=float("-inf"))
+        sums = tl.load(tile_sum + places, tiles < NUM_TILES, other=0.0)
+        total = tl.sum(tl.where(largest == float("-inf"), 0.0, sums * tl.exp(largest - maximum)), axis=0)
+        tl.store(out, x - maximum - tl.log(total), columns < vocab_size)
+
+
+@triton.jit
+def _kept_mass(tile_mass, tile_ties, row, quota, tie_weight, NUM_TILES: tl.constexpr, PADDED_TILES: tl.constexpr):
+    """Each tile's weight, with its kept ties of the smallest kept key; and its number of ties, kept or not."""
+    tiles = tl.arange(0, PADDED_TILES)
+    places = row * NUM_TILES + tiles
+    ties = tl.load(tile_ties + places, tiles < NUM_TILES, other=0).to(tl.int64)
+    ties_before = tl.cumsum(ties, axis=0) - ties
+    kept_ties = tl.minimum(tl.maximum(quota - ties_before, 0), ties)
+    return tl.load(tile_mass + places, tiles < NUM_TILES, other=0) + kept_ties * tie_weight, ties
 
 
 @triton.jit

@@ -57,8 +57,6 @@ class LauncherConfig:
     weights_cache_override: str | None = flag(None, "Folder to take weights from.")
     rope_scaling: str | None = flag(None, "Kind of rotary scaling to use instead of the model's own.")
     rope_factor: float | None = flag(None, "Factor of --rope-scaling.")
-    watermark_gamma: float | None = flag(None, "Watermark: share of favoured tokens.")
-    watermark_delta: float | None = flag(None, "Watermark: weight of favoured tokens.")
     ngrok: bool = flag(False, "Open a tunnel through ngrok.")
     ngrok_authtoken: str | None = flag(None, "Token for ngrok.")
     ngrok_edge: str | None = flag(None, "Edge of ngrok.")

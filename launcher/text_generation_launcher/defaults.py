@@ -48,7 +48,7 @@ def check(settings: Settings, environment: Mapping[str, str]) -> RouterConfig:
     config = RouterConfig(**given)
     _check_limits(config)
     _check_collector(config.otlp_endpoint)
-    _check_gpu(ShardConfig(**settings.values_for(ShardConfig)))
+    _check_shard(ShardConfig(**settings.values_for(ShardConfig)))
     _report_idle(settings, environment)
     return config
 
@@ -120,9 +120,11 @@ def _check_collector(endpoint: str | None) -> None:
         )
 
 
-def _check_gpu(config: ShardConfig) -> None:
+def _check_shard(config: ShardConfig) -> None:
     if not 0 < config.cuda_memory_fraction <= 1:
         raise SettingsError(f"--cuda-memory-fraction {config.cuda_memory_fraction} must be above 0 and at most 1.")
+    if config.watermark_gamma is not None and not 0 < config.watermark_gamma < 1:
+        raise SettingsError(f"--watermark-gamma {config.watermark_gamma} must be above 0 and below 1.")
     try:
         graph_sizes(config.cuda_graphs)
     except ValueError as error:

@@ -14,7 +14,6 @@ class Refusal:
     allowed: tuple[Any, ...] = (None,)
 
 
-_WATERMARK = "generated text is not watermarked"
 _ROPE = "the rotary scaling of the model's own config.json is used; write other values there"
 _NGROK = "this server opens no tunnels; run ngrok beside it"
 
@@ -31,8 +30,6 @@ REFUSED: dict[str, Refusal] = {
     "weights_cache_override": Refusal("give the folder that holds the weights and config.json as --model-id"),
     "rope_scaling": Refusal(_ROPE),
     "rope_factor": Refusal(_ROPE),
-    "watermark_gamma": Refusal(_WATERMARK),
-    "watermark_delta": Refusal(_WATERMARK),
     "ngrok": Refusal(_NGROK, (False,)),
     "ngrok_authtoken": Refusal(_NGROK),
     "ngrok_edge": Refusal(_NGROK),

@@ -27,6 +27,9 @@ class SequenceOutput:
     def push(self, token_id: int, logprob: float, reason: FinishReason | None) -> None:
         """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
         is_special = token_id in self._special_texts
+        if reason is FinishReason.STOP_SEQUENCE and not self.sequence.request.keep_stop_string:
+            self._end_before(token_id, logprob, is_special)
+            return
         text = self._detokenizer.push(token_id)
         special_text = self._special_texts[token_id] if is_special else ""
         if is_special and token_id in self.sequence.request.shown_special_ids:
@@ -44,6 +47,16 @@ class SequenceOutput:
                 text += self._stop_strings.flush()
         self._outputs.append(TokenOutput(token_id, logprob, text, is_special))
         self.finish_reason = reason
+
+    def _end_before(self, token_id: int, logprob: float, is_special: bool) -> None:
+        """The text ends before a token of `stop_token_ids`."""
+        text = self._detokenizer.flush()
+        if self._stop_strings is not None:
+            text, has_stopped = self._stop_strings.push(text)
+            if not has_stopped:
+                text += self._stop_strings.flush()
+        self._outputs.append(TokenOutput(token_id, logprob, text, is_special))
+        self.finish_reason = FinishReason.STOP_SEQUENCE
 
     def publish(self) -> None:
         """Write to the stream, once a step, what was pushed."""

@@ -384,6 +384,8 @@ class Scheduler:
         num_tokens = len(sequence.token_ids)
         if not num_tokens % self.blocks.block_size:
             self._register_blocks(sequence)
+        if token_id in sequence.request.stop_token_ids:
+            return FinishReason.STOP_SEQUENCE
         if num_tokens >= sequence.max_tokens:
             return FinishReason.LENGTH
         if token_id in self.eos_token_ids and not sequence.request.ignore_eos:

@@ -10,10 +10,11 @@ from typing import Any
 import grpc
 from text_generation_proto import shard_pb2 as pb
 from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address
-from text_generation_proto.columns import pack_int32, pack_strings, unpack_float32, unpack_int32
+from text_generation_proto.columns import pack_float32, pack_int32, pack_strings, unpack_float32, unpack_int32
 from text_generation_proto.shard_pb2_grpc import ShardStub
 
 from text_generation_router.step import NewSequence, StepPlan, StepResult
+from text_generation_router.valid_request import LogitsChanges, SamplingParameters
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +62,40 @@ def pack_plan(plan: StepPlan) -> bytes:
 
 
 def _pack_sequence(sequence: NewSequence) -> pb.NewSequence:
-    sampling = sequence.sampling
     return pb.NewSequence(
         sequence_id=sequence.sequence_id,
         token_ids=pack_int32(sequence.token_ids),
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_computed_tokens=sequence.num_computed_tokens,
         block_ids=pack_int32(sequence.block_ids),
-        sampling=pb.SamplingParameters(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            min_p=sampling.min_p,
-            typical_p=sampling.typical_p,
-        ),
+        sampling=_pack_sampling(sequence.sampling),
         grammar=sequence.grammar,
+    )
+
+
+def _pack_sampling(sampling: SamplingParameters) -> pb.SamplingParameters:
+    return pb.SamplingParameters(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        min_p=sampling.min_p,
+        typical_p=sampling.typical_p,
+        changes=None if sampling.changes is None else _pack_changes(sampling.changes),
+    )
+
+
+def _pack_changes(changes: LogitsChanges) -> pb.LogitsChanges:
+    return pb.LogitsChanges(
+        bias_token_ids=pack_int32(changes.bias_token_ids),
+        bias_values=pack_float32(changes.bias_values),
+        has_watermark=changes.has_watermark,
+        repetition_penalty=changes.repetition_penalty,
+        share_penalty=changes.share_penalty,
+        frequency_penalty=changes.frequency_penalty,
+        presence_penalty=changes.presence_penalty,
+        banned_token_ids=pack_int32(changes.banned_token_ids),
+        min_tokens=changes.min_tokens,
     )
 
 

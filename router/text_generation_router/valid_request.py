@@ -4,8 +4,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class LogitsChanges:
+    """What is done to the logits before a token is chosen, greedily or not; in this order."""
+
+    bias_token_ids: tuple[int, ...] = ()  # each below the logits' width
+    bias_values: tuple[float, ...] = ()  # added to their logits
+    has_watermark: bool = False
+    repetition_penalty: float = 1.0  # over prompt and generated tokens; 1: off
+    share_penalty: float = 0.0  # times a token's share of prompt and generated tokens
+    frequency_penalty: float = 0.0  # for each time that a token was generated
+    presence_penalty: float = 0.0  # once for a token that was generated
+    banned_token_ids: tuple[int, ...] = ()  # never chosen among the first `min_tokens` generated tokens
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class SamplingParameters:
-    """How tokens are chosen. Temperature 0 is greedy; the other fields are then without effect."""
+    """How tokens are chosen. Temperature 0 is greedy; the other filters are then without effect."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: off
@@ -13,6 +28,7 @@ class SamplingParameters:
     min_p: float = 0.0  # 0: off
     typical_p: float = 1.0  # 1: off
     seed: int = 0  # [0, 2**64)
+    changes: LogitsChanges | None = None  # None: tokens are chosen from the logits as they are
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,7 @@ class ValidRequest:
     # TGI's routes keep the stop string that ended a text, OpenAI's cut it off.
     keep_stop_string: bool = True
     ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()  # end the text beside the model's own
     grammar: str = ""  # canonical text that the generated tokens must follow; "": none
     # Requests share prefix-cache blocks only with requests of the same salt.
     cache_salt: bytes = b""

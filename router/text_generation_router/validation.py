@@ -3,22 +3,24 @@
 Dialects only read types (api/fields.py). A parameter that is known but not honoured is refused by name.
 """
 
-import secrets
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Protocol
 
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import ValidationError
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.grammar import Grammar
 from text_generation_router.ranges import request_ranges
+from text_generation_router.sampling import sampling_parameters
 from text_generation_router.schema_checks import RefusedGrammar
-from text_generation_router.valid_request import SamplingParameters, ValidRequest
+from text_generation_router.valid_request import ValidRequest
 
 # Requests without a limit are planned in pieces of this many new tokens: all that must surely fit.
 MAX_NEW_TOKENS_CHUNK = 1024
 MAX_STOP_STRING_CHARACTERS = 1024
-# Beyond these a temperature changes nothing but overflows float32 logits.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+# Far more than anyone needs; the shard has room for twice as many, the end-of-text tokens among them.
+MAX_LOGIT_BIASES = 512
+MAX_LOGIT_BIAS = 100.0
+MAX_STOP_TOKEN_IDS = 64
 # Messages call these by their /generate names on every route: clients match on the texts.
 _FIXED_NAMES = ("inputs", "max_new_tokens")
 
@@ -46,6 +48,10 @@ class Limits(Protocol):
 class PromptEncoder(Protocol):
     """What validation needs of the tokenizer."""
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """What ends a text."""
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, computed off the event loop."""
 
@@ -55,59 +61,6 @@ class GrammarCompiler(Protocol):
 
     async def compile(self, grammar: Grammar) -> str:
         """The canonical text, with the shard ready for it; raises RefusedGrammar and Overloaded."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What a client asked for beside the prompt, in one form for every dialect. None: not given."""
-
-    max_new_tokens: int | None = None
-    do_sample: bool = False
-    is_greedy: bool = False  # wins over everything that switches sampling on
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    typical_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    keep_stop_string: bool = True
-    ignore_eos: bool = False
-    truncate: int | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    best_of: int | None = None
-    n: int | None = None
-    top_n_tokens: int | None = None
-    watermark: bool = False
-    is_stream: bool = False
-    prefill_details: bool = False
-    grammar: Grammar | None = None
-    user: str | None = None  # for the log alone
-    # Special tokens whose own text is part of the answer's text.
-    shown_special_ids: frozenset[int] = frozenset()
-    # Names of other given parameters that this server does not honour.
-    unsupported: tuple[str, ...] = ()
-    # Field names of the dialect where they differ from the ones above.
-    names: dict[str, str] = field(default_factory=dict)
-
-    def client_name(self, field_name: str) -> str:
-        """What the client calls a field."""
-        return self.names.get(field_name, field_name)
-
-    def given(self) -> dict[str, Any]:
-        """Options that differ from the defaults, for the log; of what is a client's text only number or kind."""
-        shown: dict[str, Any] = {}
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name not in ("names", "stop", "shown_special_ids", "grammar") and value != option.default:
-                shown[option.name] = value
-        if self.stop:
-            shown["num_stop_strings"] = len(self.stop)
-        if self.grammar is not None:
-            shown["grammar"] = self.grammar.kind
-        return shown
 
 
 class Validator:
@@ -147,13 +100,15 @@ class Validator:
             self._check_token_ids(token_ids, options)
         if options.truncate is not None:
             token_ids = token_ids[-options.truncate :]
+        max_new_tokens = self._fit(len(token_ids), options)
         return ValidRequest(
             token_ids=token_ids,
-            max_new_tokens=self._fit(len(token_ids), options),
-            sampling=self._sampling(options),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling_parameters(options, self._limits.vocab_size, self._encoder.eos_token_ids, max_new_tokens),
             stop_strings=options.stop,
             keep_stop_string=options.keep_stop_string,
             ignore_eos=options.ignore_eos,
+            stop_token_ids=frozenset(options.stop_token_ids),
             grammar=await self._compile(options),
             cache_salt=cache_salt,
             shown_special_ids=options.shown_special_ids,
@@ -162,7 +117,8 @@ class Validator:
     def check_options(self, options: GenerationOptions) -> None:
         """Check everything that does not depend on the prompt; raises ValidationError."""
         self._check_ranges(options)
-        self._check_stop_strings(options)
+        self._check_stops(options)
+        self._check_named_tokens(options)
         self._check_grammar(options)
         self._refuse_unsupported(options)
 
@@ -175,15 +131,31 @@ class Validator:
             value = getattr(options, name)
             if value is not None and (reason := allowed.refusal(value)) is not None:
                 raise self._error(options, name, reason)
+        if options.min_tokens and options.max_new_tokens is not None and options.min_tokens > options.max_new_tokens:
+            raise self._error(options, "min_tokens", f"must be <= `{options.client_name('max_new_tokens')}`")
         if options.is_stream and options.prefill_details:
             raise self._error(options, "decoder_input_details", "is not available in a stream")
 
-    def _check_stop_strings(self, options: GenerationOptions) -> None:
+    def _check_stops(self, options: GenerationOptions) -> None:
         most = self._config.max_stop_sequences
         if len(options.stop) > most:
             raise self._error(options, "stop", f"takes at most {most} stop strings. Given: {len(options.stop)}")
         if any(not 1 <= len(text) <= MAX_STOP_STRING_CHARACTERS for text in options.stop):
             raise self._error(options, "stop", f"strings must have 1 to {MAX_STOP_STRING_CHARACTERS} characters")
+
+    def _check_named_tokens(self, options: GenerationOptions) -> None:
+        """Ids against the logits' width: the tokenizer may know more or fewer."""
+        biases, vocab_size = options.logit_bias, self._limits.vocab_size
+        for name, token_ids, most in (
+            ("logit_bias", list(biases), MAX_LOGIT_BIASES),
+            ("stop_token_ids", list(options.stop_token_ids), MAX_STOP_TOKEN_IDS),
+        ):
+            if len(token_ids) > most:
+                raise self._error(options, name, f"may name at most {most} tokens. Given: {len(token_ids)}")
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+                raise self._error(options, name, f"must hold token ids >= 0 and < {vocab_size}")
+        if any(abs(bias) > MAX_LOGIT_BIAS for bias in biases.values()):
+            raise self._error(options, "logit_bias", f"values must be >= -{MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}")
 
     def _check_grammar(self, options: GenerationOptions) -> None:
         if options.grammar is None:
@@ -192,8 +164,9 @@ class Validator:
             reason = "needs grammars, which are switched off by --disable-grammar-support"
         elif self._grammars is None:
             reason = "needs grammars, and what bytes this model's tokens stand for is not known"
-        elif options.ignore_eos:
-            reason = "and `ignore_eos` exclude each other: the text ends where its grammar does"
+        elif options.ignore_eos or options.min_tokens:
+            other = "ignore_eos" if options.ignore_eos else "min_tokens"
+            reason = f"and `{other}` exclude each other: the text ends where its grammar does"
         else:
             return
         raise self._error(options, "grammar", reason)
@@ -211,13 +184,9 @@ class Validator:
         refused = [
             name
             for name, neutral in (
-                ("repetition_penalty", 1),
-                ("frequency_penalty", 0),
-                ("presence_penalty", 0),
                 ("top_n_tokens", 0),
                 ("best_of", 1),
                 ("n", 1),
-                ("watermark", False),
             )
             if getattr(options, name) not in (None, neutral)
         ]
@@ -245,22 +214,3 @@ class Validator:
         if num_input_tokens > max_input:
             raise self._error(options, "inputs", f"must have at most {max_input} tokens. Given: {num_input_tokens}")
         return min(wanted, room)
-
-    def _sampling(self, options: GenerationOptions) -> SamplingParameters:
-        """Sampling is on when asked for, or when a parameter is set that only sampling honours."""
-        temperature = 1.0 if options.temperature is None else options.temperature
-        filters = (options.top_k, options.top_p, options.typical_p, options.min_p or None)
-        is_sampled = options.do_sample or temperature != 1.0 or any(value is not None for value in filters)
-        if options.is_greedy or not is_sampled:
-            return SamplingParameters()
-        # 53 bits: the reported seed survives clients that read numbers as doubles.
-        seed = secrets.randbits(53) if options.seed is None else options.seed
-        top_k = options.top_k or 0
-        return SamplingParameters(
-            temperature=min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE),
-            top_k=top_k if top_k < self._limits.vocab_size else 0,
-            top_p=1.0 if options.top_p is None else options.top_p,
-            min_p=options.min_p or 0.0,
-            typical_p=1.0 if options.typical_p is None else options.typical_p,
-            seed=seed,
-        )

@@ -56,6 +56,12 @@ class ShardConfig:
         "Where weights come from: auto reads the model's files, dummy makes random ones, for benchmarks.",
         choices=("auto", "dummy"),
     )
+    watermark_gamma: float | None = flag(
+        None,
+        "Watermark (`watermark: true` of a request): share of the vocabulary that it favours, above 0 and below 1. "
+        "Default: 0.5.",
+    )
+    watermark_delta: float | None = flag(None, "Watermark: what is added to the logits of favoured tokens. Default: 2.")
     # Folder with config.json (a GGUF file's is written there by model_files.py).
     model_folder: str = internal("")
     # Weight files: *.safetensors, or one *.gguf.

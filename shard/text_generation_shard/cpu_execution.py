@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from text_generation_kernels.paged_attention import AttentionBatch
-from text_generation_kernels.token_masks import mask_tokens, num_words
 from text_generation_proto.columns import Int32Array
 
+from text_generation_shard import distributed
+from text_generation_shard.changed_logits import DEFAULT_WATERMARK, ChangedLogits, Watermark
 from text_generation_shard.execution import CausalModel, StepOutput
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.grammar_masks import StepMasks
@@ -16,6 +17,7 @@ from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.sampler import sample_tokens
 from text_generation_shard.step_inputs import BatchLimits, StepInputs
+from text_generation_shard.token_scores import score_prompt, tell_prompt_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,9 @@ class CpuExecution:
     overlaps = False
     has_tables = False
 
-    def __init__(self, model: CausalModel) -> None:
+    def __init__(self, model: CausalModel, watermark: Watermark = DEFAULT_WATERMARK) -> None:
         self._model = model
+        self._watermark = watermark
         self._kv_caches: KvCaches = []
         self._last_end_ns = 0
 
@@ -62,32 +65,54 @@ class CpuExecution:
         decodes = np.ones(min(limits.max_num_sequences, limits.max_step_tokens), np.int32)
         contexts = decodes.copy()
         contexts[0] = longest
-        batch = _batch_hardest_to_sample(limits)
+        batch, changed = _batch_hardest_to_sample(limits), self._changed_logits(limits)
         for query_lengths, sequence_lengths in ((prefills, prefills), (decodes, contexts)):
             inputs = sequences_in_one_block(query_lengths, sequence_lengths, limits.block_size)
             num_blocks = -(-inputs.max_sequence_length // limits.block_size)
-            logits = self._forward(inputs, np.zeros((len(query_lengths), num_blocks), np.int32), kv_caches)
-            sample_tokens(logits, batch, inputs)
+            hidden = self._forward(inputs, np.zeros((len(query_lengths), num_blocks), np.int32), kv_caches)
+            sample_tokens(self._logits(hidden, inputs), batch, inputs, changed)
 
     def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """Steps write to and read from these caches."""
         self._kv_caches = kv_caches
+        self._changed = self._changed_logits(limits)
+
+    def _changed_logits(self, limits: BatchLimits) -> ChangedLogits:
+        return ChangedLogits(limits.max_num_sequences, limits.vocab_size, torch.device("cpu"), self._watermark)
+
+    def update_rows(self, batch: InputBatch) -> dict[int, str]:
+        """Rank 0 alone chooses tokens."""
+        row_changes = batch.sampling.take_row_changes()
+        return self._changed.update(row_changes) if distributed.rank() == 0 else {}
 
     def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> FinishedStep:
         """Run a step; the step before it has ended, so its masks are there or being made."""
         started = time.perf_counter_ns()
-        logits = self._forward(inputs, batch.tables(inputs), self._kv_caches)
+        hidden = self._forward(inputs, batch.tables(inputs), self._kv_caches)
+        logits = self._logits(hidden, inputs)
         forward_ended = time.perf_counter_ns()
-        if masks is not None and logits is not None:
-            _apply(masks, logits)
-        tokens = sample_tokens(logits, batch, inputs)
+        tokens = sample_tokens(logits, batch, inputs, self._changed, masks)
+        scores = None
+        if inputs.prompt is not None:
+            scores = tell_prompt_scores(inputs.prompt, score_prompt(self._model.compute_logits, hidden, inputs.prompt))
         ended = time.perf_counter_ns()
         idle_ns = started - self._last_end_ns if self._last_end_ns else 0
         self._last_end_ns = ended
-        return FinishedStep(StepOutput(*tokens, forward_ended - started, ended - forward_ended, idle_ns))
+        return FinishedStep(
+            StepOutput(
+                tokens.token_ids,
+                tokens.logprobs,
+                tokens.is_valid,
+                forward_ended - started,
+                ended - forward_ended,
+                idle_ns,
+                tokens.top_tokens,
+                scores,
+            )
+        )
 
-    def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor | None:
-        """Logits of the sampling rows; None where no row samples."""
+    def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor:
+        """Hidden states of the step's tokens."""
         attention = AttentionBatch(
             block_tables=torch.from_numpy(tables),
             query_starts=torch.from_numpy(inputs.query_starts),
@@ -96,7 +121,10 @@ class CpuExecution:
             max_sequence_length=inputs.max_sequence_length,
         )
         with forward_context(ForwardContext(torch.from_numpy(inputs.slot_mapping), attention, kv_caches)):
-            hidden = self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions))
+            return self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions))
+
+    def _logits(self, hidden: torch.Tensor, inputs: StepInputs) -> torch.Tensor | None:
+        """Logits of the sampling rows; None where no row samples."""
         if not inputs.num_samples:
             return None
         if inputs.num_samples < inputs.num_tokens:
@@ -104,18 +132,12 @@ class CpuExecution:
         return self._model.compute_logits(hidden)
 
 
-def _apply(masks: StepMasks, logits: torch.Tensor) -> None:
-    host_masks = np.empty((len(masks), num_words(logits.shape[1])), np.int32)
-    masks.wait(host_masks)
-    mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows))
-
-
 def _batch_hardest_to_sample(limits: BatchLimits) -> InputBatch:
     """Rows that keep nearly all tokens of a flat distribution, by top-k and by top-p."""
     batch = InputBatch(limits)
-    batch.temperatures[:] = 1000.0
-    batch.top_k[:] = limits.vocab_size - 1
-    batch.top_p[:] = 0.999
+    batch.sampling.temperatures[:] = 1000.0
+    batch.sampling.top_k[:] = limits.vocab_size - 1
+    batch.sampling.top_p[:] = 0.999
     return batch
 
 

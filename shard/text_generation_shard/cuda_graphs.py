@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-Launch = Callable[[], None]
+Launch = Callable[[], object]
 
 
 class Recorder(Protocol):

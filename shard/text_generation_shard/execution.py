@@ -9,6 +9,7 @@ from text_generation_proto.columns import Float32Array
 from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
+from text_generation_shard.step import PromptScores, TopTokens
 from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array, StepInputs
 
 
@@ -34,6 +35,8 @@ class StepOutput:
     forward_ns: int
     sample_ns: int
     idle_ns: int = 0  # how long the device had nothing to do before it
+    top_tokens: TopTokens | None = None  # None: no row asked
+    prompt_scores: PromptScores | None = None
 
 
 class RunningStep(Protocol):
@@ -69,6 +72,10 @@ class Execution(Protocol):
 
     def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """Get ready for steps within the limits on these caches; called once."""
+        ...
+
+    def update_rows(self, batch: InputBatch) -> dict[int, str]:
+        """Take in what the batch says of rows that change logits; answers the sequences that must fail, and why."""
         ...
 
     def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> RunningStep:

@@ -28,6 +28,8 @@ from text_generation_kernels.token_exchange import (
 from text_generation_kernels.token_masks import NO_MASK, mask_tokens, num_words
 
 from text_generation_shard import distributed
+from text_generation_shard.changed_head import ChangedHead, TopTokensUnderway
+from text_generation_shard.changed_logits import DEFAULT_WATERMARK, Watermark
 from text_generation_shard.cuda_graphs import Recorder, Recordings
 from text_generation_shard.execution import CausalModel
 from text_generation_shard.forward_context import ForwardContext, forward_context
@@ -35,8 +37,9 @@ from text_generation_shard.gpu_step import GpuStep, StepEvents
 from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
-from text_generation_shard.step_buffers import NUM_HOST_BUFFERS, Array, StepBuffers
-from text_generation_shard.step_inputs import BatchLimits, StepInputs
+from text_generation_shard.step_buffers import NUM_HOST_BUFFERS, Array, StepBuffers, to_host
+from text_generation_shard.step_inputs import BatchLimits, PromptInputs, StepInputs
+from text_generation_shard.token_scores import ScoredTokens, score_prompt
 
 # Decoding sequences that share at least this many tokens of prefix read them as a group.
 MIN_SHARED_TOKENS = 256
@@ -111,9 +114,17 @@ class GpuExecution:
     overlaps = True
     has_tables = True
 
-    def __init__(self, model: GpuModel, device: torch.device, recorder: Recorder, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: GpuModel,
+        device: torch.device,
+        recorder: Recorder,
+        sizes: Sequence[int],
+        watermark: Watermark = DEFAULT_WATERMARK,
+    ) -> None:
         self._model = model
         self._device = device
+        self._watermark = watermark
         self._recordings = Recordings(recorder, sizes)
         self._events_before: StepEvents | None = None
 
@@ -125,7 +136,9 @@ class GpuExecution:
         self._allocate(limits)
         self._kv_caches = kv_caches
         self._run_layers("mixed", limits.max_step_tokens)
+        changed = ChangedHead.take_most_memory(limits.vocab_size, self._device)
         self._run_head(limits.max_num_sequences, has_random=True)
+        del changed
 
     def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """Record the steps, the largest first: their memory serves the smaller ones."""
@@ -165,6 +178,7 @@ class GpuExecution:
         self._sampled_hidden = torch.zeros(num_rows, self._model.hidden_size, dtype=self._model.dtype, device=device)
         self._masks = torch.zeros(num_rows, num_words(limits.vocab_size), dtype=torch.int32, device=device)
         self._host_masks: Iterator[torch.Tensor] | None = None
+        self._changed_head = ChangedHead(num_rows, limits.vocab_size, device, self._watermark)
         self._output = torch.zeros(NUM_OUTPUT_COLUMNS, num_rows, dtype=torch.int32, device=device)
         self._host_outputs = cycle(
             [
@@ -195,35 +209,45 @@ class GpuExecution:
         before, self._events_before = self._events_before, events
         events.mark(0)
         self._send(turn, host, batch, kind)
-        (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
+        scores = None
+        if inputs.prompt is not None:
+            scores = inputs.prompt, self._score_prompt(inputs.prompt, self._run_layers(kind, num_tokens))
+        else:
+            (self._recordings.find(kind, num_tokens) or partial(self._run_layers, kind, num_tokens))()
         events.mark(1)
-        has_random = bool((batch.temperatures[inputs.sampling_rows] > 0).any())
-        launch_head = partial(
-            self._launch_head, events, host_output, inputs.num_samples, num_samples, has_random, masks
-        )
-        step = GpuStep(events, before, host_output, inputs.num_samples, launch_head)
+        launch_head = partial(self._launch_head, events, host_output, inputs, batch, num_samples, masks)
+        step = GpuStep(events, before, host_output, inputs.num_samples, launch_head, scores)
         if masks is None:
             step.choose_tokens()
         return step
+
+    def update_rows(self, batch: InputBatch) -> dict[int, str]:
+        """In stream order: steps that were launched before see the rows as they were."""
+        return self._changed_head.update(batch.sampling.take_row_changes())
 
     def _launch_head(
         self,
         events: StepEvents,
         host_output: torch.Tensor,
-        num_used: int,
+        inputs: StepInputs,
+        batch: InputBatch,
         num_samples: int,
-        has_random: bool,
         masks: StepMasks | None,
-    ) -> None:
+    ) -> TopTokensUnderway | None:
         """Masks apply in the recordings that sample at random, greedy rows among them."""
+        top_tokens = None
         if masks is not None:
             self._send_masks(masks)
-        if num_used:
-            is_general = has_random or masks is not None
-            head = self._recordings.find(is_general, num_samples)
-            (head or partial(self._run_head, num_samples, is_general))()
+        if inputs.num_samples:
+            if batch.sampling.has_special:
+                top_tokens = self._run_changed_head(inputs, batch)
+            else:
+                is_general = masks is not None or bool((batch.sampling.temperatures[inputs.sampling_rows] > 0).any())
+                head = self._recordings.find(is_general, num_samples)
+                (head or partial(self._run_head, num_samples, is_general))()
             host_output.copy_(self._output, non_blocking=True)
         events.mark(2)
+        return top_tokens
 
     def _send_masks(self, masks: StepMasks) -> None:
         if self._host_masks is None:  # where no request has a grammar, the host keeps no memory for any
@@ -276,16 +300,16 @@ class GpuExecution:
 
     def _fill_samples(self, host: dict[str, Array], inputs: StepInputs, batch: InputBatch, num_samples: int) -> None:
         """The rows that sample; padded ones choose the best token of the step's first and keep it in the last row."""
-        used, rows = inputs.num_samples, inputs.sampling_rows
+        used, rows, sampling = inputs.num_samples, inputs.sampling_rows, batch.sampling
         columns: dict[str, tuple[Array, int]] = {
             "sampling_indices": (inputs.sampling_indices, 0),
             "sampling_rows": (rows, self._limits.max_num_sequences),
-            "temperatures": (batch.temperatures[rows], 0),
-            "top_k": (batch.top_k[rows], 0),
-            "top_p": (batch.top_p[rows], 1),
-            "min_p": (batch.min_p[rows], 0),
-            "typical_p": (batch.typical_p[rows], 1),
-            "seeds": (batch.seeds[rows].view(np.int64), 0),
+            "temperatures": (sampling.temperatures[rows], 0),
+            "top_k": (sampling.top_k[rows], 0),
+            "top_p": (sampling.top_p[rows], 1),
+            "min_p": (sampling.min_p[rows], 0),
+            "typical_p": (sampling.typical_p[rows], 1),
+            "seeds": (sampling.seeds[rows].view(np.int64), 0),
             "sampling_positions": (inputs.sampling_positions, 0),
         }
         for name, (values, padding) in columns.items():
@@ -294,8 +318,8 @@ class GpuExecution:
         # The layers' recording gathers more rows than are sampled.
         host["sampling_indices"][num_samples:] = 0
 
-    def _run_layers(self, kind: Kind, num_tokens: int) -> None:
-        """Hidden states of the rows that may sample, from the step's tokens."""
+    def _run_layers(self, kind: Kind, num_tokens: int) -> torch.Tensor:
+        """Hidden states of the step's tokens; those of the rows that may sample are kept for the head."""
         buffer = self._buffers.device
         # The kernels read the block tables and their own plans, nothing else of this.
         attention = AttentionBatch(self._block_tables, *_NOTHING, 0, 0)
@@ -306,32 +330,61 @@ class GpuExecution:
         num_gathered = min(num_tokens, self._limits.max_num_sequences)
         indices = buffer["sampling_indices"][:num_gathered]
         torch.index_select(hidden, 0, indices, out=self._sampled_hidden[:num_gathered])
+        return hidden
+
+    def _score_prompt(self, prompt: PromptInputs, hidden: torch.Tensor) -> ScoredTokens:
+        return ScoredTokens(*map(to_host, score_prompt(self._model.model.compute_logits, hidden, prompt)))
 
     def _run_head(self, num_samples: int, has_random: bool) -> None:
         """Tokens of the rows that sample: kept for the next step, and laid out for the host."""
-        column = {name: values[:num_samples] for name, values in self._buffers.device.items()}
+        rows = self._buffers.device["sampling_rows"][:num_samples]
         logits = self._model.model.compute_logits(self._sampled_hidden[:num_samples])
         if has_random:
-            mask_tokens(logits, self._masks, column["mask_rows"])
-            parameters = SamplingParameters(
-                temperatures=column["temperatures"],
-                top_k=column["top_k"],
-                top_p=column["top_p"],
-                min_p=column["min_p"],
-                typical_p=column["typical_p"],
-                seeds=column["seeds"],
-                positions=column["sampling_positions"],
-            )
-            sampled = sample(logits, parameters)
+            mask_tokens(logits, self._masks, self._buffers.device["mask_rows"][:num_samples])
+            sampled = sample(logits, self._parameters(num_samples))
         else:
             sampled = choose_best(logits)
-        # Every rank samples from the same logits, but the masks are rank 0's alone.
-        sampled = _as_rank_0(sampled) if distributed.world_size() > 1 else sampled
-        publish_tokens(*sampled, column["sampling_rows"], self._last_tokens, self._output)
+        publish_tokens(*_as_rank_0(sampled), rows, self._last_tokens, self._output)
+
+    def _run_changed_head(self, inputs: StepInputs, batch: InputBatch) -> TopTokensUnderway | None:
+        """The same where rows change their logits or want the most likely tokens told; no row is padding."""
+        count, buffer = inputs.num_samples, self._buffers.device
+        rows, mask_rows = buffer["sampling_rows"][:count], buffer["mask_rows"][:count]
+        logits = self._model.model.compute_logits(self._sampled_hidden[:count])
+        previous = read_tokens(buffer["input_ids"][buffer["sampling_indices"][:count]], self._last_tokens)
+
+        def mask(logits: torch.Tensor, piece: slice) -> None:
+            mask_tokens(logits, self._masks, mask_rows[piece])
+
+        def publish(sampled: Sampled, piece: slice) -> torch.Tensor:
+            sampled = _as_rank_0(sampled)
+            publish_tokens(*sampled, rows[piece], self._last_tokens, self._output[:, piece])
+            return sampled.tokens
+
+        return self._changed_head.choose(
+            logits, self._parameters(count), rows, previous, inputs.sampling_rows, batch.sampling, mask, publish
+        )
+
+    def _parameters(self, num_samples: int) -> SamplingParameters:
+        column = {name: values[:num_samples] for name, values in self._buffers.device.items()}
+        return SamplingParameters(
+            temperatures=column["temperatures"],
+            top_k=column["top_k"],
+            top_p=column["top_p"],
+            min_p=column["min_p"],
+            typical_p=column["typical_p"],
+            seeds=column["seeds"],
+            positions=column["sampling_positions"],
+        )
 
 
 def _as_rank_0(sampled: Sampled) -> Sampled:
-    """Rank 0's tokens on every rank, and which of its rows were finite."""
+    """Rank 0's tokens on every rank, and which of its rows were finite.
+
+    Every rank samples from the same logits, but the masks are rank 0's alone.
+    """
+    if distributed.world_size() == 1:
+        return sampled
     tokens = distributed.broadcast(torch.where(sampled.is_finite, sampled.tokens, NO_TOKEN))
     return sampled._replace(tokens=tokens.clamp(min=0), is_finite=tokens != NO_TOKEN)
 

@@ -6,7 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from text_generation_shard.changed_head import TopTokensUnderway
 from text_generation_shard.execution import StepOutput
+from text_generation_shard.step_inputs import PromptInputs
+from text_generation_shard.token_scores import ScoredTokens, tell_prompt_scores
 
 
 class GpuStep:
@@ -18,18 +21,21 @@ class GpuStep:
         before: "StepEvents | None",
         host_output: torch.Tensor,
         num_samples: int,
-        launch_head: Callable[[], None],
+        launch_head: Callable[[], TopTokensUnderway | None],
+        scores: tuple[PromptInputs, ScoredTokens] | None,
     ) -> None:
         self._events = events
         self._before = before  # of the step ahead: marked anew only when a third step follows
         self._host_output = host_output
         self._num_samples = num_samples
-        self._launch_head: Callable[[], None] | None = launch_head
+        self._launch_head: Callable[[], TopTokensUnderway | None] | None = launch_head
+        self._top_tokens: TopTokensUnderway | None = None
+        self._scores = scores
 
     def choose_tokens(self) -> None:
         """Launch the head, if that has not been done."""
         if self._launch_head is not None:
-            self._launch_head()
+            self._top_tokens = self._launch_head()
             self._launch_head = None
 
     def is_done(self) -> bool:
@@ -48,6 +54,8 @@ class GpuStep:
             forward_ns=forward_ns,
             sample_ns=sample_ns,
             idle_ns=idle_ns,
+            top_tokens=None if self._top_tokens is None else self._top_tokens.tell(),
+            prompt_scores=None if self._scores is None else tell_prompt_scores(*self._scores),
         )
 
 

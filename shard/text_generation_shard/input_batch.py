@@ -9,8 +9,10 @@ import heapq
 import numpy as np
 from text_generation_proto.columns import Int32Array
 
+from text_generation_shard.sampling_columns import SamplingColumns, reason_to_refuse
+from text_generation_shard.scored_prompts import ScoredPrompts, Span
 from text_generation_shard.step import NewSequence, PlanError, StepPlan
-from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array, StepInputs
+from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array, PromptInputs, StepInputs
 
 NO_SEQUENCE = -1
 # More tokens than any row ever computes: an unused row never decodes.
@@ -30,12 +32,8 @@ class InputBatch:
         self.last_token_ids = np.zeros(capacity, np.int64)  # a decoding row's next input
         self.num_blocks = np.zeros(capacity, np.int32)
         self.block_tables = np.zeros((capacity, limits.max_blocks_per_sequence), np.int32)
-        self.temperatures = np.zeros(capacity, np.float32)
-        self.top_k = np.zeros(capacity, np.int64)
-        self.top_p = np.ones(capacity, np.float32)
-        self.min_p = np.zeros(capacity, np.float32)
-        self.typical_p = np.ones(capacity, np.float32)
-        self.seeds = np.zeros(capacity, np.uint64)
+        self.sampling = SamplingColumns(capacity, limits.vocab_size)
+        self._scored_prompts = ScoredPrompts()
         self._known_tokens: dict[int, Int32Array] = {}  # sequence id -> tokens, until all are computed
         self._rows: dict[int, int] = {}  # sequence id -> row
         self._free_rows = list(range(capacity))  # a heap: low rows first
@@ -69,6 +67,11 @@ class InputBatch:
                 failures[sequence.sequence_id] = reason
         self._grow(plan)
         return failures
+
+    def drop(self, sequence_id: int) -> None:
+        """A sequence has failed: it leaves the batch, and the router may name it until it learns of that."""
+        self._remove(sequence_id)
+        self._failed_ids.add(sequence_id)
 
     def prepare(self, plan: StepPlan) -> StepInputs | None:
         """Lay out the step; None when no sequence computes anything."""
@@ -106,6 +109,7 @@ class InputBatch:
             sampling_rows=rows[is_sampling],
             sampling_indices=query_starts[1:][is_sampling].astype(np.int64) - 1,
             sampling_positions=sequence_lengths[is_sampling].astype(np.int64),
+            prompt=self._prompt_inputs(plan, rows, query_starts) if self._scored_prompts else None,
         )
 
     def advance(self, inputs: StepInputs) -> Int32Array:
@@ -154,6 +158,8 @@ class InputBatch:
         if row is None:
             raise PlanError(f"sequence {sequence_id} is removed but not in the batch")
         self._known_tokens.pop(sequence_id, None)
+        self._scored_prompts.remove(sequence_id)
+        self.sampling.clear(row)
         self.sequence_ids[row] = NO_SEQUENCE
         self.num_known_tokens[row] = _NEVER_KNOWN
         self.num_computed_tokens[row] = 0
@@ -184,12 +190,9 @@ class InputBatch:
         self.last_token_ids[row] = 0
         self.num_blocks[row] = 0
         self._append_blocks(row, sequence.block_ids)
-        self.temperatures[row] = sequence.temperature
-        self.top_k[row] = min(sequence.top_k, self.limits.vocab_size)
-        self.top_p[row] = sequence.top_p
-        self.min_p[row] = sequence.min_p
-        self.typical_p[row] = sequence.typical_p
-        self.seeds[row] = sequence.seed
+        self.sampling.set(row, sequence)
+        if sequence.scores_prompt:
+            self._scored_prompts.add(sequence)
         return None
 
     def _reason_to_refuse(self, sequence: NewSequence) -> str | None:
@@ -199,15 +202,7 @@ class InputBatch:
             return f"{len(token_ids)} tokens, but at most {self.limits.max_sequence_length} fit a sequence"
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.limits.vocab_size:
             return f"a token id is outside the vocabulary of {self.limits.vocab_size}"
-        if not 0.0 <= sequence.temperature < float("inf"):
-            return f"temperature is {sequence.temperature}"
-        if sequence.temperature > 0.0 and not 0.0 < sequence.top_p <= 1.0:
-            return f"top_p is {sequence.top_p}"
-        if sequence.temperature > 0.0 and not 0.0 <= sequence.min_p <= 1.0:
-            return f"min_p is {sequence.min_p}"
-        if sequence.temperature > 0.0 and not 0.0 < sequence.typical_p <= 1.0:
-            return f"typical_p is {sequence.typical_p}"
-        return None
+        return reason_to_refuse(sequence, self.limits.vocab_size)
 
     def _grow(self, plan: StepPlan) -> None:
         """Append blocks to the tables that grow."""
@@ -264,11 +259,21 @@ class InputBatch:
         self, sequence_id: int, rows: Int64Array, query_starts: Int32Array, input_ids: Int64Array
     ) -> None:
         """Fill in the input ids of a sequence that computes known tokens."""
+        span = self._span(sequence_id, rows, query_starts)
+        known = self._known_tokens[sequence_id][span.position : span.position + span.num_tokens]
+        input_ids[span.start : span.start + span.num_tokens] = known
+
+    def _span(self, sequence_id: int, rows: Int64Array, query_starts: Int32Array) -> Span:
+        """What a sequence that computes known tokens computes in this step."""
         row = self._rows[sequence_id]
         index = int(np.searchsorted(rows, row))
         start, end = int(query_starts[index]), int(query_starts[index + 1])
-        num_computed = int(self.num_computed_tokens[row])
-        input_ids[start:end] = self._known_tokens[sequence_id][num_computed : num_computed + end - start]
+        return Span(sequence_id, start, int(self.num_computed_tokens[row]), end - start)
+
+    def _prompt_inputs(self, plan: StepPlan, rows: Int64Array, query_starts: Int32Array) -> PromptInputs | None:
+        """The prompt tokens whose log-probabilities this step tells."""
+        ids = [sequence_id for sequence_id in plan.prefill_sequence_ids.tolist() if sequence_id in self._scored_prompts]
+        return self._scored_prompts.inputs(self._span(sequence_id, rows, query_starts) for sequence_id in ids)
 
     def _check_capacity(self, rows: Int64Array, sequence_lengths: Int32Array, num_tokens: int) -> None:
         if num_tokens > self.limits.max_step_tokens:

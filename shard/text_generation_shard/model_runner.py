@@ -20,6 +20,7 @@ from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_cache
 from text_generation_shard.progress import ProgressFile
 from text_generation_shard.step import StepPlan, StepResult
 from text_generation_shard.step_inputs import BatchLimits, StepInputs
+from text_generation_shard.token_scores import select_rows
 from text_generation_shard.warm_up import KvBudget, WarmUpLimits, num_kv_blocks, run_worst_case
 
 NOT_FINITE = "the model's output for this sequence is not a finite number"
@@ -146,6 +147,10 @@ class ModelRunner:
         self.choose_tokens()
         failures = batch.apply(plan)
         self._follow_grammars(plan, failures)
+        if batch.sampling.has_row_changes:
+            for sequence_id, reason in self._execution.update_rows(batch).items():
+                batch.drop(sequence_id)
+                failures[sequence_id] = reason
         inputs = batch.prepare(plan)
         if inputs is None:
             self._progress.start(plan.step, 0, 0)
@@ -198,12 +203,15 @@ class ModelRunner:
         failures.update(dict.fromkeys(step.sequence_ids[is_told & ~output.is_valid].tolist(), NOT_FINITE))
         mask_ns = self._go_on(step, output, failures)
         is_sampled = is_told & output.is_valid
+        top_tokens = output.top_tokens
         return StepResult(
             step=step.step,
             sequence_ids=step.sequence_ids[is_sampled],
             token_ids=output.token_ids[is_sampled].astype(np.int32),
             logprobs=output.logprobs[is_sampled],
             failures=failures,
+            top_tokens=None if top_tokens is None else select_rows(top_tokens, is_sampled),
+            prompt_scores=output.prompt_scores,
             num_tokens=step.inputs.num_tokens,
             forward_ns=output.forward_ns,
             sample_ns=output.sample_ns,

@@ -4,12 +4,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from text_generation_kernels import reference
+from text_generation_kernels import reference_sampling as reference
+from text_generation_kernels.token_masks import mask_tokens, num_words
 from text_generation_proto.columns import Float32Array
 
 from text_generation_shard import distributed
+from text_generation_shard.changed_logits import ChangedLogits
+from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
+from text_generation_shard.step import TopTokens
 from text_generation_shard.step_inputs import BoolArray, Int64Array, StepInputs
+from text_generation_shard.token_scores import find_candidates, tell_top_tokens
 
 # Stands for the token of a row that has none.
 NO_TOKEN = -1
@@ -21,33 +26,80 @@ class SampledTokens(NamedTuple):
     token_ids: Int64Array  # [num_samples]
     logprobs: Float32Array  # [num_samples]; zeros on other ranks than 0
     is_valid: BoolArray  # [num_samples]; False where the logits were not finite
+    top_tokens: TopTokens | None  # None: no row asked, or another rank than 0
 
 
-def sample_tokens(logits: torch.Tensor | None, batch: InputBatch, inputs: StepInputs) -> SampledTokens:
+def sample_tokens(
+    logits: torch.Tensor | None,
+    batch: InputBatch,
+    inputs: StepInputs,
+    changed: ChangedLogits,
+    masks: StepMasks | None = None,
+) -> SampledTokens:
     """Rank 0 chooses, the others learn its choice. `logits` is [num_samples, vocab_size], None if no row samples."""
     if logits is None:
-        return SampledTokens(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.bool_))
+        return SampledTokens(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.bool_), None)
+    top_tokens = None
     if distributed.rank() == 0:
-        tokens, logprobs = _choose(logits, batch, inputs)
+        if batch.sampling.has_special:
+            tokens, logprobs, top_tokens = _choose_specially(logits, batch, inputs, changed, masks)
+        else:
+            tokens, logprobs = _choose(logits, batch, inputs, masks)
     else:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.zeros(len(logits), device=logits.device)
     tokens = distributed.broadcast(tokens)
     token_ids = tokens.numpy()
-    return SampledTokens(token_ids, logprobs.numpy(), token_ids != NO_TOKEN)
+    return SampledTokens(token_ids, logprobs.numpy(), token_ids != NO_TOKEN, top_tokens)
 
 
-def _choose(logits: torch.Tensor, batch: InputBatch, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = inputs.sampling_rows
+def _choose(
+    logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, masks: StepMasks | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if masks is not None:
+        _apply(masks, logits)
     tokens, logprobs = reference.sample(
         logits,
-        torch.from_numpy(batch.temperatures[rows]),
-        torch.from_numpy(batch.top_k[rows]),
-        torch.from_numpy(batch.top_p[rows]),
-        torch.from_numpy(batch.seeds[rows].view(np.int64)),
+        **_filters(batch, inputs.sampling_rows),
+        seeds=torch.from_numpy(batch.sampling.seeds[inputs.sampling_rows].view(np.int64)),
         # The random number belongs to the token's place in its sequence: a recomputed sequence draws the same.
-        torch.from_numpy(inputs.sampling_positions),
-        torch.from_numpy(batch.min_p[rows]),
-        torch.from_numpy(batch.typical_p[rows]),
+        positions=torch.from_numpy(inputs.sampling_positions),
     )
     return torch.where(reference.finite_rows(logits), tokens, NO_TOKEN), logprobs
+
+
+def _choose_specially(
+    logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, changed: ChangedLogits, masks: StepMasks | None
+) -> tuple[torch.Tensor, torch.Tensor, TopTokens | None]:
+    """With what changes logits before, and the most likely tokens after."""
+    batch_rows, sampling = inputs.sampling_rows, batch.sampling
+    rows = torch.from_numpy(batch_rows.astype(np.int32))
+    logits = changed.apply(
+        logits,
+        batch_rows,
+        sampling.has_watermark[batch_rows],
+        rows,
+        torch.from_numpy(inputs.sampling_positions),
+        torch.from_numpy(inputs.input_ids[inputs.sampling_indices]),
+    )
+    tokens, logprobs = _choose(logits, batch, inputs, masks)
+    changed.count(tokens.clamp(min=0), batch_rows, rows)
+    samples = np.flatnonzero(sampling.top_n_tokens[batch_rows])
+    if not len(samples):
+        return tokens, logprobs, None
+    wanted = sampling.top_n_tokens[batch_rows[samples]]
+    final = reference.final_logprobs(logits[torch.from_numpy(samples)], **_filters(batch, batch_rows[samples]))
+    best = find_candidates(final, int(wanted.max()))
+    top = tell_top_tokens(best.logprobs.numpy(), best.token_ids.numpy(), samples, wanted, len(batch_rows))
+    return tokens, logprobs, top
+
+
+def _apply(masks: StepMasks, logits: torch.Tensor) -> None:
+    host_masks = np.empty((len(masks), num_words(logits.shape[1])), np.int32)
+    masks.wait(host_masks)
+    mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows))
+
+
+def _filters(batch: InputBatch, rows: Int64Array) -> dict[str, torch.Tensor]:
+    names = ("temperatures", "top_k", "top_p", "min_p", "typical_p")
+    return {name: torch.from_numpy(getattr(batch.sampling, name)[rows]) for name in names}

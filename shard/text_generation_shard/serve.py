@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from text_generation_shard import distributed
+from text_generation_shard.changed_logits import Watermark
 from text_generation_shard.config import ShardConfig, graph_sizes
 from text_generation_shard.execution import CausalModel, Execution
 from text_generation_shard.kernel_compilation import KernelCompilation
@@ -135,10 +136,11 @@ def _execution(
     model: CausalModel, model_config: ModelConfig, layout: KvLayout, config: ShardConfig, device: torch.device
 ) -> Execution:
     """The device's way to run steps; what only a GPU needs is imported for a GPU alone."""
+    watermark = Watermark.of(config.watermark_gamma, config.watermark_delta)
     if device.type == "cpu":
         from text_generation_shard.cpu_execution import CpuExecution
 
-        return CpuExecution(model)
+        return CpuExecution(model, watermark)
     from text_generation_kernels.attention_settings import AttentionShape
     from text_generation_kernels.compilation import log_compilations
 
@@ -149,7 +151,7 @@ def _execution(
     num_heads = model_config.num_heads // config.world_size
     shape = AttentionShape(num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, layout.dtype)
     gpu_model = GpuModel(model, shape, model_config.hidden_size, layout.dtype, model_config.sliding_windows)
-    return GpuExecution(gpu_model, device, CudaRecorder(device), graph_sizes(config.cuda_graphs))
+    return GpuExecution(gpu_model, device, CudaRecorder(device), graph_sizes(config.cuda_graphs), watermark)
 
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:

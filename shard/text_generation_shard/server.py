@@ -13,12 +13,12 @@ from pathlib import Path
 import grpc
 from text_generation_proto import shard_pb2 as pb
 from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address, shard_socket_path
-from text_generation_proto.columns import pack_float32, pack_int32, unpack_int32, unpack_strings
+from text_generation_proto.columns import pack_float32, pack_int32, unpack_float32, unpack_int32, unpack_strings
 from text_generation_proto.shard_pb2_grpc import ShardServicer, add_ShardServicer_to_server
 
 from text_generation_shard import distributed
 from text_generation_shard.compiled_grammars import CompiledGrammars, UnusableGrammar
-from text_generation_shard.step import NewSequence, PlanError, StepPlan, StepResult
+from text_generation_shard.step import LogitsChanges, NewSequence, PlanError, StepPlan, StepResult
 from text_generation_shard.step_loop import PlanStream, StepLoop
 from text_generation_shard.warm_up import WarmUpError, WarmUpLimits
 
@@ -65,12 +65,30 @@ def _unpack_sequence(message: pb.NewSequence) -> NewSequence:
         min_p=message.sampling.min_p,
         typical_p=message.sampling.typical_p or 1.0,
         grammar=message.grammar,
+        changes=_unpack_changes(message.sampling.changes) if message.sampling.HasField("changes") else None,
+        top_n_tokens=message.sampling.top_n_tokens,
+        scores_prompt=message.scores_prompt,
+        prompt_top_n_tokens=message.prompt_top_n_tokens,
+    )
+
+
+def _unpack_changes(message: pb.LogitsChanges) -> LogitsChanges:
+    return LogitsChanges(
+        bias_token_ids=unpack_int32(message.bias_token_ids),
+        bias_values=unpack_float32(message.bias_values),
+        has_watermark=message.has_watermark,
+        repetition_penalty=message.repetition_penalty,
+        share_penalty=message.share_penalty,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        banned_token_ids=unpack_int32(message.banned_token_ids),
+        min_tokens=message.min_tokens,
     )
 
 
 def pack_result(result: StepResult) -> pb.StepResult:
     """A result as it goes over the wire."""
-    return pb.StepResult(
+    message = pb.StepResult(
         step=result.step,
         sequence_ids=pack_int32(result.sequence_ids),
         token_ids=pack_int32(result.token_ids),
@@ -83,6 +101,19 @@ def pack_result(result: StepResult) -> pb.StepResult:
         idle_ns=result.idle_ns,
         mask_ns=result.mask_ns,
     )
+    if (top := result.top_tokens) is not None:
+        message.top_num_tokens = pack_int32(top.num_tokens)
+        message.top_token_ids = pack_int32(top.token_ids)
+        message.top_logprobs = pack_float32(top.logprobs)
+    if (scores := result.prompt_scores) is not None:
+        message.scored_sequence_ids = pack_int32(scores.sequence_ids)
+        message.scored_first_positions = pack_int32(scores.first_positions)
+        message.scored_num_tokens = pack_int32(scores.num_tokens)
+        message.scored_logprobs = pack_float32(scores.logprobs)
+        message.scored_top_n_tokens = scores.top_token_ids.shape[1]
+        message.scored_top_token_ids = pack_int32(scores.top_token_ids)
+        message.scored_top_logprobs = pack_float32(scores.top_logprobs)
+    return message
 
 
 class ShardService(ShardServicer):

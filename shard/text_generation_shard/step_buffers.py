@@ -64,3 +64,16 @@ class StepBuffers:
         """Copy a filled set to the device, in stream order; `until` leaves out a column and those that follow it."""
         end = None if until is None else self._starts[until]
         self._on_device[:end].copy_(self._host[turn][:end], non_blocking=True)
+
+
+def to_device(array: Array, device: torch.device) -> torch.Tensor:
+    """A copy of what changes seldom, in stream order; the host does not wait for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is there once the device has come this far in its stream."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

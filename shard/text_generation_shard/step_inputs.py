@@ -28,6 +28,18 @@ class BatchLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptInputs:
+    """The prompt tokens of a step whose log-probabilities are asked for."""
+
+    sequence_ids: Int32Array  # [num_sequences]
+    first_positions: Int32Array  # [num_sequences] where in its sequence the first of them stands
+    num_tokens: Int32Array  # [num_sequences]
+    indices: Int64Array  # [total] the flat index of the token before each
+    token_ids: Int64Array  # [total]
+    top_n_tokens: int  # the most that any of the sequences asked for
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step laid out for the model: sequences in batch order, their tokens one after another."""
 
@@ -43,6 +55,7 @@ class StepInputs:
     sampling_rows: Int64Array  # [num_samples] batch rows that reach their last known token
     sampling_indices: Int64Array  # [num_samples] the flat index of that token
     sampling_positions: Int64Array  # [num_samples] where in its sequence the sampled token will stand
+    prompt: PromptInputs | None = None  # None: nobody asked
 
     @property
     def num_tokens(self) -> int:

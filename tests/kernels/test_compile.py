@@ -9,13 +9,16 @@ import triton
 from text_generation_kernels import (
     attention_kernels,
     gated_activation,
+    green_list,
     launch_settings,
+    logit_bias,
     rms_norm,
     rotary_kv_write,
     sampling_kernels,
     sampling_search,
     skinny_matmul,
     token_exchange,
+    token_records,
 )
 from text_generation_kernels.benchmarks.occupancy import (
     MULTIPROCESSORS,
@@ -160,6 +163,7 @@ def sampling_cases(data: str) -> list[CompiledKernel]:
     kept = row | {"min_p": "*fp32", "tile_mass": "*i64", "tile_ties": "*i32"} | limits | size
     choice = kept | {"seeds": "*i64", "positions": "*i64", "tile_best": "*i32", "tile_sum": "*fp32"}
     choice |= {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i1"}
+    distribution = kept | {"tile_sum": "*fp32", "result": "*fp32"}
     search, chosen = ("sampling_search", ""), ("sampling_choice", "")
     flags = {"IS_FIRST": False, "AFTER_TOP_K": False}
     kernels, searches = sampling_kernels, sampling_search
@@ -174,6 +178,42 @@ def sampling_cases(data: str) -> list[CompiledKernel]:
         ),
         CompiledKernel(kernels.kept_mass_kernel, search, kept, low | tiles | tile),
         CompiledKernel(kernels.choice_kernel, chosen, choice, low | tiles | tile | {"HAS_RANDOM": True}),
+        CompiledKernel(kernels.distribution_kernel, search, distribution, low | tiles | tile),
+    ]  # fmt: skip
+
+
+def logits_cases(data: str) -> list[CompiledKernel]:
+    """What changes logits: they are float32 then whatever the model's type, so these come once."""
+    if data != "*bf16":
+        return []
+    sample = {"logits": "*fp32", "rows": "*i32", "positions": "*i64", "row_stride": "i32"}
+    records = {"penalties": "*fp32", "addresses": "*i64", "vocab_size": "i32"}
+    chunk: dict[str, object] = {"ROWS_PER_CHUNK": token_records.ROWS_PER_CHUNK}
+    entries = {"token_ids": "*i32", "values": "*fp32", "bounds": "*i32"}
+    counted = {"tokens": "*i64", "rows": "*i32", "num_samples": "i32"} | records
+    swaps = {"previous": "*i64", "state": "*i32", "keys": "*i64", "vocab_size": "i32", "num_green": "i32"}
+    green = {"logits": "*fp32", "samples": "*i64", "keys": "*i64", "ordered": "*i64", "row_stride": "i32"}
+    green |= {"num_green": "i32", "delta": "fp32", "num_halvings": "i32"}
+    bits: dict[str, object] = {"STEP_BITS": 22}
+    twister = bits | {"HASH_KEY": green_list.HASH_KEY, "STATE_SIZE": 624}
+    four, eight = ({"num_warps": count, "enable_fp_fusion": False} for count in (4, 8))
+    return [
+        CompiledKernel(token_records.penalize_kernel, four, sample | records, chunk | {"BLOCK": 2048}),
+        CompiledKernel(
+            token_records.count_kernel, four, counted, chunk | {"BLOCK": 256, "MAX_COUNT": token_records.MAX_COUNT},
+            unaligned=("num_samples",), has_wide_loads=False,
+        ),
+        CompiledKernel(
+            logit_bias.logit_bias_kernel, four, sample | entries,
+            {"BLOCK": 256, "MAX_ENTRIES": logit_bias.MAX_ENTRIES}, has_wide_loads=False,
+        ),
+        CompiledKernel(
+            green_list.swaps_kernel, eight, swaps, twister, unaligned=("num_green",), has_wide_loads=False
+        ),
+        CompiledKernel(
+            green_list.green_kernel, four, green, bits | {"BLOCK": 512}, unaligned=("num_green", "num_halvings"),
+            has_wide_loads=False,
+        ),
     ]  # fmt: skip
 
 
@@ -209,7 +249,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
     return cases
 
 
-TABLES = [row_cases, token_cases, skinny_cases, sampling_cases, attention_cases]
+TABLES = [row_cases, token_cases, skinny_cases, sampling_cases, logits_cases, attention_cases]
 
 
 def cases_of(kind: str) -> list[tuple[CompiledKernel, str]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from text_generation_kernels import sampling
 from text_generation_kernels.philox import uniform_numbers
-from text_generation_kernels.sampling import SamplingParameters, choose_best, sample
+from text_generation_kernels.sampling import SamplingParameters, choose_best, final_logprobs, sample
 
 pytestmark = pytest.mark.interpreted
 
@@ -95,6 +95,23 @@ def test_every_filter(vocab_size, dtype, device):
     assert sampled.tokens.dtype == torch.int64
     assert bool(sampled.is_finite.all())
     check_rows(logits, parameters, sampled)
+
+
+def test_log_probabilities_of_all_tokens(device):
+    """What is never chosen has none, whatever excludes it; ties of the last kept token lie in both tiles."""
+    settings = [SETTINGS[index] for index in (0, 2, 4, 5, 6, 7)]
+    torch.manual_seed(1)
+    logits = (4 * torch.randn(len(settings), 600)).bfloat16().to(device)
+    columns = parameters_for(settings, device)
+    found = final_logprobs(logits, columns).cpu().double().numpy()
+    for row, (temperature, *filters) in enumerate(settings):
+        wide = logits[row].cpu().double().numpy()
+        if temperature == 0:
+            temperature, filters = 1.0, SETTINGS[1][1:]
+        with np.errstate(divide="ignore"):
+            expected = np.log(exact_probabilities(wide, temperature, *filters))
+        assert row == 0 or -np.inf in expected
+        np.testing.assert_allclose(found[row], expected, atol=2e-5, rtol=0, err_msg=str(settings[row]))
 
 
 def test_neighbours_do_not_matter(device):

@@ -28,6 +28,7 @@ def check(*arguments: str, **environment: str) -> RouterConfig:
         ("--otlp-endpoint http://collector:4318/v1/traces", "without a path"),
         ("--otlp-endpoint unix:///run/collector", "http://HOST:PORT"),
         ("--otlp-endpoint http://", "http://HOST:PORT"),
+        ("--watermark-gamma 1", "--watermark-gamma 1.0 must be above 0 and below 1"),
         ("--quantize awq --ngrok", "--quantize awq is not available"),
         ("--quantize awq --ngrok", "--ngrok is not available"),
     ],

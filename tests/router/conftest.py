@@ -41,6 +41,8 @@ class FakeLimits:
 class FakeTokenizer:
     """A token is a byte of UTF-8; 1 is BOS, 299 ends a text."""
 
+    eos_token_ids = frozenset({END_TOKEN_ID})
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         await asyncio.sleep(0)
         return [BOS_TOKEN_ID] * add_special_tokens + list(text.encode())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from text_generation_router.errors import GenerationError, IncompleteGeneration
+from text_generation_router.valid_request import LogitsChanges
 
 GREEDY = {"do_sample": False}
 END = {"id": 299, "text": "<|end|>", "logprob": -0.25, "special": True}
@@ -122,9 +123,10 @@ def test_parameters_reach_the_engine(serving):
                 "stop": ["x", "yz"],
                 "truncate": 2,
                 "ignore_eos": True,
-                "repetition_penalty": 1.0,
+                "repetition_penalty": 1.25,
+                "frequency_penalty": 0.5,
                 "best_of": 1,
-                "watermark": None,
+                "watermark": True,
                 "grammar": None,
             }
             async with served.client.post("/generate", json={"inputs": "abcd", "parameters": parameters}) as response:
@@ -139,6 +141,8 @@ def test_parameters_reach_the_engine(serving):
             assert request.stop_strings == ("x", "yz")
             assert request.keep_stop_string
             assert request.ignore_eos
+            # TGI's frequency penalty is that of the token's share of the whole text.
+            assert sampling.changes == LogitsChanges(repetition_penalty=1.25, share_penalty=0.5, has_watermark=True)
 
     asyncio.run(run())
 
@@ -168,9 +172,7 @@ VALIDATION_ERRORS = [
     ("typical_p", 1.0, "`typical_p` must be > 0.0 and < 1.0"),
     ("top_k", 0, "`top_k` must be strictly positive"),
     ("repetition_penalty", 0.0, "`repetition_penalty` must be strictly positive"),
-    ("repetition_penalty", 1.1, "`repetition_penalty` is not supported"),
     ("frequency_penalty", 2.5, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-    ("frequency_penalty", 0.5, "`frequency_penalty` is not supported"),
     ("max_new_tokens", 0, "`max_new_tokens` must be strictly positive"),
     ("max_new_tokens", 97, "`inputs` tokens + `max_new_tokens` must be <= 100. Given: 4 `inputs` tokens and 97"),
     ("best_of", 0, "`best_of` must be >= 1 and <= 2"),
@@ -183,7 +185,6 @@ VALIDATION_ERRORS = [
     ("seed", -1, "`seed` must be >= 0"),
     ("stop", ["a"] * 5, "`stop` takes at most 4"),
     ("stop", [""], "`stop` strings must have 1 to"),
-    ("watermark", True, "`watermark` is not supported"),
     ("grammar", {"type": "regex", "value": "refused"}, "`grammar` cannot be used: it is refused"),
     ("adapter_id", "x", "`adapter_id` is not supported"),
 ]

@@ -5,7 +5,9 @@ import asyncio
 import openai
 import pytest
 from text_generation_router.errors import GenerationError
+from text_generation_router.valid_request import LogitsChanges
 
+END_TOKEN_ID = 299
 USER = [{"role": "user", "content": "Hello"}]
 PROMPT = "user:Hello\nassistant:"
 NUM_PROMPT_TOKENS = len(PROMPT)
@@ -100,6 +102,55 @@ def test_sampling_is_the_default(serving):
     asyncio.run(run())
 
 
+def test_what_changes_the_logits_reaches_the_engine(serving):
+    """Greedy requests too."""
+    fields = {
+        "repetition_penalty": 1e-9,
+        "frequency_penalty": 1.5,
+        "presence_penalty": -2,
+        "logit_bias": {"7": 100, "299": -0.5},
+        "stop_token_ids": [5, 6],
+        "min_tokens": 3,
+        "max_tokens": 9,
+    }
+    neutral = {
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "min_tokens": 0,
+        "stop_token_ids": None,
+        "repetition_penalty": 1,
+    }
+
+    async def run():
+        async with serving() as served:
+            for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": USER})):
+                for temperature in (0, 1):
+                    given = body | fields | {"temperature": temperature}
+                    async with served.client.post(f"/v1/{path}", json=given) as response:
+                        assert response.status == 200
+                        assert "x-ignored-parameters" not in response.headers
+                    request = served.engine.log[-1]
+                    assert request.stop_token_ids == {5, 6}
+                    assert request.sampling.changes == LogitsChanges(
+                        bias_token_ids=(7, 299),
+                        bias_values=(100.0, -0.5),
+                        repetition_penalty=1e-6,
+                        frequency_penalty=1.5,
+                        presence_penalty=-2.0,
+                        banned_token_ids=(5, 6, END_TOKEN_ID),
+                        min_tokens=3,
+                    )
+                async with served.client.post(f"/v1/{path}", json=body | neutral) as response:
+                    assert response.status == 200
+                assert served.engine.log[-1].sampling.changes is None
+                given = body | {"min_tokens": 4, "ignore_eos": True}
+                async with served.client.post(f"/v1/{path}", json=given) as response:
+                    assert response.status == 200
+                assert served.engine.log[-1].sampling.changes is None
+
+    asyncio.run(run())
+
+
 def test_messages(serving):
     parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
 
@@ -137,10 +188,26 @@ CHAT_ERRORS = [
     ({"temperature": -1}, "temperature", "`temperature` must be strictly positive"),
     ({"top_p": 1.5}, "top_p", "`top_p` must be > 0.0"),
     ({"presence_penalty": 3}, "presence_penalty", "`presence_penalty` must be >= -2.0"),
-    ({"presence_penalty": 1}, "presence_penalty", "`presence_penalty` is not supported"),
-    ({"frequency_penalty": 1}, "frequency_penalty", "`frequency_penalty` is not supported"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "`logit_bias` is not supported"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty", "`frequency_penalty` must be >= -2.0"),
     ({"logit_bias": []}, "logit_bias", "`logit_bias` must be an object"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "`logit_bias` names must be token ids"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "`logit_bias` names must be token ids"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", "`logit_bias` names must be token ids"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias", "`logit_bias` values must be numbers"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "`logit_bias` values must be >= -100.0 and <= 100.0"),
+    ({"logit_bias": {"300": 1}}, "logit_bias", "`logit_bias` must hold token ids >= 0 and < 300"),
+    ({"logit_bias": {str(n): 1 for n in range(513)}}, "logit_bias", "`logit_bias` may name at most 512 tokens"),
+    ({"stop_token_ids": 7}, "stop_token_ids", "`stop_token_ids` must be a list"),
+    ({"stop_token_ids": [True]}, "stop_token_ids", "`stop_token_ids` must be a list of integers"),
+    ({"stop_token_ids": [300]}, "stop_token_ids", "`stop_token_ids` must hold token ids >= 0 and < 300"),
+    ({"stop_token_ids": [1] * 65}, "stop_token_ids", "`stop_token_ids` may hold at most 64 items"),
+    ({"min_tokens": -1}, "min_tokens", "`min_tokens` must be >= 0"),
+    ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "`min_tokens` must be <= `max_tokens`"),
+    (
+        {"min_tokens": 3, "response_format": {"type": "json_object"}},
+        "response_format",
+        "`response_format` and `min_tokens` exclude",
+    ),
     ({"n": 2}, "n", "`n` is not supported"),
     ({"n": 0}, "n", "`n` must be >= 1"),
     ({"n": 10**9}, "n", "`n` must be >= 1"),

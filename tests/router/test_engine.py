@@ -136,6 +136,29 @@ def test_a_stop_string_ends_the_text(tokenizer, keep, expected):
     run_with_engine(tokenizer, FakeShards({b"p": b"the quick brown STOP fox"}), body)
 
 
+@pytest.mark.parametrize(("keep", "expected"), [(True, "the q"), (False, "the ")])
+@pytest.mark.parametrize("max_new_tokens", [5, 50])
+def test_a_stop_token_ends_the_text(tokenizer, keep, expected, max_new_tokens):
+    """The last allowed token too; what a stop string held back comes out."""
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        fields = {"stop_token_ids": frozenset(b"qz"), "stop_strings": ("he z",), "keep_stop_string": keep}
+        stream = engine.submit(request(b"p", max_new_tokens, **fields), Timings())
+        text, ids = await read_all(stream)
+        assert (text, bytes(ids)) == (expected, b"the q")
+        assert stream.finish_reason is FinishReason.STOP_SEQUENCE
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"the quick"}), body)
+
+
+def test_a_stop_token_after_half_a_character(tokenizer):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        fields = {"stop_token_ids": frozenset(b"q"), "keep_stop_string": False}
+        assert (await read_all(engine.submit(request(b"p", **fields), Timings())))[0] == "a\ufffd"
+
+    run_with_engine(tokenizer, FakeShards({b"p": "a✓".encode()[:3] + b"q"}), body)
+
+
 def test_held_back_text_comes_out_at_the_end(tokenizer):
     async def body(engine: Engine, metrics: Metrics) -> None:
         stream = engine.submit(request(b"p", stop_strings=("STOP",), keep_stop_string=False), Timings())

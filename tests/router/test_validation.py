@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import ValidationError
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.grammar import Grammar
 from text_generation_router.schema_checks import RefusedGrammar
-from text_generation_router.validation import GenerationOptions, Validator
+from text_generation_router.validation import Validator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Limits:
 
 
 class WordEncoder:
-    """A token is a word; 0 is BOS."""
+    """A token is a word; 0 is BOS, 7 ends a text."""
+
+    eos_token_ids = frozenset({7})
 
     async def encode(self, text, add_special_tokens=True):
         return [0] * add_special_tokens + [len(word) for word in text.split()]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from text_generation_kernels import reference
+from text_generation_kernels import reference_sampling as reference
 from text_generation_kernels.attention_settings import AttentionShape
 from text_generation_shard.cuda_graphs import CudaRecorder, Launch, Recorder
 from text_generation_shard.gpu_execution import GpuExecution, GpuModel
@@ -23,10 +23,16 @@ from text_generation_shard.kv_cache import KvLayout
 from text_generation_shard.model_config import load_model_config
 from text_generation_shard.model_runner import ModelInfo, ModelRunner, StepInFlight
 from text_generation_shard.progress import ProgressFile
-from text_generation_shard.step import NewSequence, StepPlan, StepResult
+from text_generation_shard.step import LogitsChanges, NewSequence, StepPlan, StepResult
 from text_generation_shard.warm_up import KvBudget, WarmUpLimits
 from text_generation_shard.weights import load_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
 
 # Attention leaves the rows of padding as it found them; the numbers there may be anything, and nobody reads them.
 pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -95,6 +101,8 @@ class Driver:
     in_flight: deque[StepInFlight] = field(default_factory=deque)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
+    top: dict[int, list[list[int]]] = field(default_factory=dict)  # most likely tokens
+    prompt_logprobs: dict[int, dict[int, float]] = field(default_factory=dict)  # by position
     failures: dict[int, str] = field(default_factory=dict)
 
     def send(
@@ -126,6 +134,15 @@ class Driver:
         for sequence_id, token, logprob in rows:
             self.tokens.setdefault(sequence_id, []).append(token)
             self.logprobs.setdefault(sequence_id, []).append(logprob)
+        if (top := result.top_tokens) is not None:
+            pieces = np.split(top.token_ids, np.cumsum(top.num_tokens)[:-1])
+            for sequence_id, piece in zip(result.sequence_ids.tolist(), pieces, strict=True):
+                self.top.setdefault(sequence_id, []).append(piece.tolist())
+        if (scores := result.prompt_scores) is not None:
+            pieces = np.split(scores.logprobs, np.cumsum(scores.num_tokens)[:-1])
+            starts = zip(scores.sequence_ids.tolist(), scores.first_positions.tolist(), pieces, strict=True)
+            for sequence_id, position, piece in starts:
+                self.prompt_logprobs.setdefault(sequence_id, {}).update(enumerate(piece.tolist(), position))
         self.failures |= result.failures
         return result
 
@@ -302,7 +319,9 @@ def constrained(
     return chosen[len(tokens) :], logprobs
 
 
-SAMPLING: tuple[tuple[str, float], ...] = (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("seed", 0))
+SAMPLING: tuple[tuple[str, float], ...] = (
+    ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("typical_p", 1.0), ("seed", 0),
+)  # fmt: skip
 
 
 def test_grammars_hold_while_another_step_is_under_way(
@@ -349,3 +368,81 @@ def test_a_grammar_that_cannot_go_on_fails_alone(
     assert 2 not in driver.tokens
     assert len(driver.tokens[1]) == 3
     assert set(driver.tokens[1]) <= LETTERS
+
+
+@torch.inference_mode()
+def changed(
+    model: LlamaForCausalLM, tokens: list[int], generated: list[int], changes: LogitsChanges, is_lettered: bool = False
+) -> torch.Tensor:
+    """Logits after the generated tokens, changed by transformers' processors and by hand."""
+    ids = torch.tensor([tokens + generated])
+    scores = model(ids, use_cache=False).logits[:, -1].float()
+    pairs = zip(changes.bias_token_ids.tolist(), changes.bias_values.tolist(), strict=True)
+    if entries := [[[token], value] for token, value in pairs]:
+        scores = SequenceBiasLogitsProcessor(entries)(ids, scores)
+    if changes.has_watermark:
+        scores = WatermarkLogitsProcessor(96, "cpu", greenlist_ratio=0.5, bias=2.0)(ids, scores)
+    scores = RepetitionPenaltyLogitsProcessor(changes.repetition_penalty)(ids, scores)
+    counts = torch.bincount(torch.tensor(generated, dtype=torch.int64), minlength=96)
+    scores = scores - changes.frequency_penalty * counts - changes.presence_penalty * (counts > 0)
+    scores = scores - changes.share_penalty * torch.bincount(ids[0], minlength=96) / ids.shape[1]
+    if len(generated) < changes.min_tokens:
+        scores[:, changes.banned_token_ids] = -torch.inf
+    if is_lettered:
+        excluded = [token for token in range(96) if token not in allowed(generated)]
+        scores[:, excluded] = -torch.inf
+    return scores
+
+
+def test_changed_logits_and_what_is_told_beside_the_tokens(
+    start: Callable[[], Driver], transformers_model: LlamaForCausalLM
+) -> None:
+    """Rows that change their logits in their own ways, beside one that does not; in chunks, after a preemption."""
+    driver = start()
+    driver.runner.grammars.load(TOKENS, [EOS])
+    evens = ints(*range(0, 96, 2))
+    biases = dict(bias_token_ids=ints(3, 5), bias_values=np.array([4.0, 3.0], np.float32))
+    changes = {
+        1: LogitsChanges(repetition_penalty=1.5, frequency_penalty=0.7),
+        2: LogitsChanges(has_watermark=True, presence_penalty=0.5, banned_token_ids=evens, min_tokens=4, **biases),
+        3: LogitsChanges(share_penalty=2.0, repetition_penalty=0.8),
+        4: LogitsChanges(),
+    }
+    texts = {1: prompt(1, 20), 2: prompt(2, 5), 3: prompt(3, 4), 4: prompt(4, 6)}
+    sampled = dict(temperature=1.5, seed=77)
+    first = sequence(1, texts[1], [0, 1], changes=changes[1], top_n_tokens=3, scores_prompt=True, prompt_top_n_tokens=1)
+    others = [
+        sequence(2, texts[2], [2], changes=changes[2], **sampled),
+        sequence(3, texts[3], [3], changes=changes[3], grammar=grammar(), top_n_tokens=2),
+        sequence(4, texts[4], [4]),
+    ]
+    driver.send([first, *others], prefill={1: 7, 2: 5, 3: 4, 4: 6})
+    driver.send(prefill={1: 13})
+    driver.send(removed=[2])  # preempted, with a token still to come
+    driver.send()
+    known = ints(*texts[2], *driver.tokens[2])
+    returned = NewSequence(2, known, 5, 0, ints(5), changes=changes[2], **sampled)
+    driver.send([returned], prefill={2: len(known)})
+    for _ in range(3):
+        driver.send()
+    driver.drain()
+    assert driver.failures == {}
+    for number, tokens in texts.items():
+        for index, token in enumerate(driver.tokens[number]):
+            scores = changed(transformers_model, tokens, driver.tokens[number][:index], changes[number], number == 3)
+            if number == 2:
+                columns = [torch.tensor([sampled.get(name, default)]) for name, default in SAMPLING]
+                chosen, logprob = reference.sample(scores, *columns, torch.tensor([len(tokens) + index]))
+                assert token == int(chosen)
+                assert driver.logprobs[number][index] == pytest.approx(float(logprob), abs=1e-4)
+                continue
+            best = scores[0].log_softmax(0).sort(descending=True, stable=True)
+            assert token == int(best.indices[0])
+            assert driver.logprobs[number][index] == pytest.approx(float(best.values[0]), abs=1e-4)
+            count = {1: 3, 3: 2, 4: 0}[number]
+            assert driver.top[number][index] == best.indices[:count].tolist()
+    assert all(len(tokens) >= 5 for tokens in driver.tokens.values())
+    with torch.inference_mode():
+        own = transformers_model(torch.tensor([texts[1]]), use_cache=False).logits[0].log_softmax(-1)
+    expected = {place: float(own[place - 1, token]) for place, token in enumerate(texts[1]) if place}
+    assert driver.prompt_logprobs == {1: pytest.approx(expected, abs=1e-4)}

@@ -138,7 +138,7 @@ def check_inputs(batch: InputBatch, naive: NaiveBatch, work: dict[int, int], inp
             sampling.append((sequence_id, end - 1, length, sequence.seed))
     rows = inputs.sampling_rows
     sampled_ids = batch.sequence_ids[rows].tolist()
-    seeds = batch.seeds[rows].tolist()
+    seeds = batch.sampling.seeds[rows].tolist()
     got = zip(sampled_ids, inputs.sampling_indices.tolist(), inputs.sampling_positions.tolist(), seeds, strict=True)
     assert list(got) == sampling
 

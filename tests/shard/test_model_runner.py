@@ -188,11 +188,18 @@ def test_warm_up_samples_a_full_batch_with_every_filter(tmp_path: Path, monkeypa
     runner, _ = make_runner(tmp_path)
     sampled: list[list[float]] = []
 
-    def sample(logits: torch.Tensor, temperatures: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, *_: object):
+    def sample(
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        *_: object,
+        **__: object,
+    ):
         sampled.append([len(logits), float(temperatures.min()), int(top_k.min()), float(top_p.max())])
         return torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits))
 
-    monkeypatch.setattr("text_generation_kernels.reference.sample", sample)
+    monkeypatch.setattr("text_generation_kernels.reference_sampling.sample", sample)
     runner.warm_up(LIMITS)
     assert [row[0] for row in sampled] == [1, 6]
     for _, temperature, top_k, top_p in sampled:

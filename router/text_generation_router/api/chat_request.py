@@ -16,10 +16,10 @@ from text_generation_router.chat_output.deltas import Parser, PlainText
 from text_generation_router.chat_output.reasoning import ReasoningParser
 from text_generation_router.conversation import DEFAULT_TOOL_PROMPT, Conversation, readable_messages
 from text_generation_router.errors import ToolError, ValidationError
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.grammar import Grammar
 from text_generation_router.model_family import THINK_END, THINK_START, ModelFamily, Reasoning
 from text_generation_router.tool_grammar import tool_grammar
-from text_generation_router.validation import GenerationOptions
 
 MAX_SWITCH_CHARACTERS = 1024
 # Of the functions that become one grammar: it is put together on the event loop.

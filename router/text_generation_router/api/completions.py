@@ -22,8 +22,8 @@ from text_generation_router.api.openai_schema import COMPLETIONS_BODY
 from text_generation_router.api.responses import TextEvent, event, json_response
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import TokenOutput
-from text_generation_router.validation import GenerationOptions
 
 
 @dataclass(frozen=True)

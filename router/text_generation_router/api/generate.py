@@ -17,8 +17,8 @@ from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
 from text_generation_router.errors import ShuttingDown
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import TokenOutput
-from text_generation_router.validation import GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,15 @@ def read_call(
         max_new_tokens=parameters.integer("max_new_tokens"),
         do_sample=parameters.boolean("do_sample", default=samples_by_default or given is None),
         keep_stop_string=True,
+        # TGI's meaning on these routes; OpenAI's, on theirs, is another.
+        share_penalty=parameters.number("frequency_penalty"),
         truncate=parameters.integer("truncate"),
         top_n_tokens=parameters.integer("top_n_tokens"),
         watermark=parameters.boolean("watermark"),
         prefill_details=parameters.boolean("decoder_input_details"),
         grammar=read_grammar(parameters.object("grammar")),
         unsupported=tuple(parameters.refused()),
+        names={"share_penalty": "frequency_penalty"},
     )
     return GenerateCall(
         inputs=inputs,

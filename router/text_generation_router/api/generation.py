@@ -20,9 +20,9 @@ from text_generation_router.api.context import (
     Context,
 )
 from text_generation_router.api.fields import Fields
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
-from text_generation_router.validation import GenerationOptions
 
 if TYPE_CHECKING:
     from text_generation_router.request_trace import RequestTrace

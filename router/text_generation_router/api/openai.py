@@ -15,10 +15,11 @@ from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.openai_schema import MAX_MODEL_NAME_CHARACTERS, MAX_USER_CHARACTERS
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.request_id import new_request_id
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason
-from text_generation_router.validation import GenerationOptions
 
 DONE = b"data: [DONE]\n\n"
+MAX_TOKEN_ID_DIGITS = 10
 _FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
@@ -38,9 +39,6 @@ def read_options(
     `user` is another name for the end user.
     """
     shared = read_shared_options(body, is_stream)
-    unsupported = body.refused()
-    if body.mapping("logit_bias"):
-        unsupported.append("logit_bias")
     max_new_tokens, max_tokens_name = _read_max_tokens(body)
     return replace(
         shared,
@@ -52,14 +50,36 @@ def read_options(
         top_p=None if shared.top_p == 1 else shared.top_p,
         min_p=body.number("min_p"),
         keep_stop_string=False,
+        frequency_penalty=body.number("frequency_penalty"),
         presence_penalty=body.number("presence_penalty"),
+        logit_bias=_read_logit_bias(body),
+        min_tokens=body.integer("min_tokens"),
+        stop_token_ids=_read_stop_token_ids(body),
         n=body.integer("n"),
         top_n_tokens=top_n_tokens,
         grammar=read_grammar(body.object("response_format")),
-        unsupported=tuple(unsupported),
+        unsupported=tuple(body.refused()),
         user=read_user(body, "user") or user,
         names={"max_new_tokens": max_tokens_name, "grammar": "response_format", **names},
     )
+
+
+def _read_logit_bias(body: Fields) -> dict[int, float]:
+    """Token ids, which JSON's names can only be as text, to numbers."""
+    biases = body.mapping("logit_bias") or {}
+    for name, value in biases.items():
+        if not (name.isascii() and name.isdecimal() and len(name) <= MAX_TOKEN_ID_DIGITS):
+            raise body.error("logit_bias", "names must be token ids, as text")
+        if type(value) is not int and type(value) is not float:
+            raise body.error("logit_bias", "values must be numbers")
+    return {int(name): float(value) for name, value in biases.items()}
+
+
+def _read_stop_token_ids(body: Fields) -> tuple[int, ...]:
+    token_ids = body.items("stop_token_ids") or []
+    if not all(type(token_id) is int for token_id in token_ids):
+        raise body.error("stop_token_ids", "must be a list of integers")
+    return tuple(token_ids)
 
 
 def read_user(body: Fields, name: str) -> str | None:

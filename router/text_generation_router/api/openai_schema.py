@@ -10,6 +10,7 @@ from text_generation_router.api.generate_schema import (
 )
 from text_generation_router.api.grammars import GRAMMAR
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
+from text_generation_router.validation import MAX_LOGIT_BIAS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
 MAX_MODEL_NAME_CHARACTERS = 256
 MAX_USER_CHARACTERS = 512
@@ -90,7 +91,31 @@ SHARED = (
         range_name="presence_penalty",
     ),
     REPETITION_PENALTY,
-    Parameter("logit_bias", Kind.OBJECT, "Added to the logits: token ids to numbers. Not supported: {} only."),
+    Parameter(
+        "logit_bias",
+        Kind.OBJECT,
+        "Added to the logits: token ids, as text, to numbers from -100 to 100. At most 512.",
+        json={
+            "additionalProperties": {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "maxProperties": MAX_LOGIT_BIASES,
+        },
+    ),
+    Parameter(
+        "min_tokens",
+        Kind.INTEGER,
+        "Before so many tokens, none that ends the text is chosen: neither the model's own nor one of "
+        "`stop_token_ids`. A stop string still ends it. Not with a grammar.",
+        0,
+        range_name="min_tokens",
+    ),
+    Parameter(
+        "stop_token_ids",
+        Kind.LIST,
+        "Tokens that end the text, which they are no part of; ids below the width of the logits.",
+        max_items=MAX_STOP_TOKEN_IDS,
+        json={"items": {"type": "integer", "minimum": 0}},
+    ),
     Parameter("n", Kind.INTEGER, "How many answers to give.", 1, range_name="n"),
     BEST_OF,
     STOP,

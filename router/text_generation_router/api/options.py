@@ -1,7 +1,7 @@
 """The parameters that every dialect has under one name and type; their ranges are the validator's."""
 
 from text_generation_router.api.fields import Fields
-from text_generation_router.validation import GenerationOptions
+from text_generation_router.generation_options import GenerationOptions
 
 
 def read_shared_options(fields: Fields, is_stream: bool) -> GenerationOptions:
@@ -15,7 +15,6 @@ def read_shared_options(fields: Fields, is_stream: bool) -> GenerationOptions:
         stop=fields.strings("stop"),
         ignore_eos=fields.boolean("ignore_eos"),
         repetition_penalty=fields.number("repetition_penalty"),
-        frequency_penalty=fields.number("frequency_penalty"),
         best_of=fields.integer("best_of"),
         is_stream=is_stream,
     )

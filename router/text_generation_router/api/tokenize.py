@@ -14,8 +14,8 @@ from text_generation_router.api.generate import read_call
 from text_generation_router.api.generate_schema import GENERATE_BODY
 from text_generation_router.api.generation import GenerationRequest
 from text_generation_router.api.responses import json_response
+from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.tokenizer import TokenSpan
-from text_generation_router.validation import GenerationOptions
 
 
 async def tokenize(request: web.Request) -> web.Response:

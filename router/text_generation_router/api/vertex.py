@@ -16,7 +16,7 @@ from text_generation_router.api.generation import GenerationRequest, read_texts,
 from text_generation_router.api.responses import json_response
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
 from text_generation_router.errors import BatchSizeExceeded
-from text_generation_router.validation import GenerationOptions
+from text_generation_router.generation_options import GenerationOptions
 
 # Fields that a plain text has no use for.
 _LEFT_OUT = ("stream", "stream_options", "logprobs", "top_logprobs", "n")
