@@ -1,7 +1,5 @@
 """Which tensors a Triton kernel can take, and what a wrapper must know of the device."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -41,12 +39,3 @@ def wait_for_inputs(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@functools.cache
-def zeroed_counters(device: torch.device, num_counters: int) -> torch.Tensor:
-    """Counters that every kernel leaves at zero; kernels that use them run one after another, on one stream.
-
-    Made once, before the first graph that uses them is captured, and never freed.
-    """
-    return torch.zeros(num_counters, dtype=torch.int32, device=device)

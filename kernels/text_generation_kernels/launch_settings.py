@@ -23,8 +23,8 @@ GPU_CLASSES = {
     "ada": ("RTX 40", "L40", "L4", "Ada"),
 }
 
-SMALL_PRODUCT: Settings = {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 6}
-LARGE_PRODUCT: Settings = {"BLOCK_N": 64, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4}
+SMALL_PRODUCT: Settings = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6}
+LARGE_PRODUCT: Settings = {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 
 # (operation, GPU class) -> keyword arguments of the launch. "default" serves every class without an entry. An
 # operation may have entries for one of its shapes too, named operation/shape.
@@ -40,7 +40,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("sampling_settle", "a100"): {"num_warps": 32, "num_stages": 1, "enable_fp_fusion": False},
     ("sampling_choice", "default"): {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False},
     # Products of few rows: small and large are widths of the output, the number is that of the padded rows.
-    ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4},
+    ("skinny_matmul", "default"): {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     ("skinny_matmul/small16", "h100"): SMALL_PRODUCT,
     ("skinny_matmul/small32", "h100"): SMALL_PRODUCT,
     ("skinny_matmul/small64", "h100"): SMALL_PRODUCT,
@@ -50,15 +50,15 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("skinny_matmul", "h100"): LARGE_PRODUCT,
     ("skinny_matmul", "h200"): LARGE_PRODUCT,
     ("skinny_matmul_gated", "default"): {
-        "BLOCK_N": 16, "BLOCK_K": 64, "SPLIT_K": 1, "num_warps": 4, "num_stages": 4,
+        "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4,
     },
     ("skinny_matmul_gated/large32", "h100"): LARGE_PRODUCT | {"num_warps": 8},
     ("skinny_matmul_gated/large16", "h100"): {
-        "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+        "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5,
     },
     ("skinny_matmul_gated/large32", "h200"): LARGE_PRODUCT | {"num_warps": 8},
     ("skinny_matmul_gated/large16", "h200"): {
-        "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 4, "num_stages": 5,
+        "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5,
     },
     ("skinny_matmul_gated", "h100"): LARGE_PRODUCT,
     ("skinny_matmul_gated", "h200"): LARGE_PRODUCT,

@@ -42,17 +42,6 @@ def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
     return F.gelu(gate, approximate=approximate) * up
 
 
-def linear(
-    x: torch.Tensor,  # [M, K]
-    weight: torch.Tensor,  # [N, K]
-    bias: torch.Tensor | None,  # [N]
-    residual: torch.Tensor | None,  # [M, N]
-) -> torch.Tensor:
-    """x times the transposed weight, plus the bias; then the residual, added to the rounded product."""
-    product = F.linear(x, weight, bias)
-    return product if residual is None else product + residual
-
-
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The MLP's first half: weight holds the gate's rows, then those of the values it scales."""  # [M, N / 2]
     return silu_and_mul(F.linear(x, weight))

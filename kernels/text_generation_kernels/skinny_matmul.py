@@ -1,22 +1,21 @@
 """Products of a few rows with a large weight, as in decoding: the time is that of reading the weight once.
 
-Rows are padded to a power of two. Where tiles of the output are too few to keep every
-multiprocessor reading, K is split: each part leaves float32 sums, and the last to finish adds them up in order.
+Rows are padded to a power of two; each program takes a tile of the output.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from text_generation_kernels import reference_fused
-from text_generation_kernels.dispatch import INTERPRETS, runs_kernel, zeroed_counters
+from text_generation_kernels.dispatch import INTERPRETS, runs_kernel
 from text_generation_kernels.gpu import gpu_of
 from text_generation_kernels.launch_settings import launch_settings
 
 MAX_ROWS = 64  # from more rows on cuBLAS is the faster one
 LEAST_ROWS = 16  # of one tensor-core instruction
 SMALL_WIDTH = 4096  # up to here an output needs small tiles to keep every multiprocessor reading
-MAX_TILES = 16384
 
 
 def is_skinny(x: torch.Tensor) -> bool:
@@ -28,15 +27,12 @@ def skinny_linear(
     x: torch.Tensor,  # [M, K], M at most MAX_ROWS
     weight: torch.Tensor,  # [N, K]
     bias: torch.Tensor | None = None,  # [N]
-    residual: torch.Tensor | None = None,  # [M, N]
 ) -> torch.Tensor:
-    """x times the transposed weight, plus the bias; then the residual, added to the rounded product."""  # [M, N]
+    """x times the transposed weight, plus the bias."""  # [M, N]
     if not runs_kernel(x):
-        return reference_fused.linear(x, weight, bias, residual)
+        return F.linear(x, weight, bias)
     assert bias is None or bias.shape == (weight.shape[0],)
-    assert residual is None or residual.shape == (x.shape[0], weight.shape[0])
-    assert residual is None or residual.stride(1) == 1
-    return _launch("skinny_matmul", x, weight, bias, residual, weight.shape[0])
+    return _launch("skinny_matmul", x, weight, bias, weight.shape[0])
 
 
 def skinny_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -44,7 +40,7 @@ def skinny_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not runs_kernel(x):
         return reference_fused.gated_linear(x, weight)
     assert weight.shape[0] % 2 == 0
-    return _launch("skinny_matmul_gated", x, weight, None, None, weight.shape[0] // 2)
+    return _launch("skinny_matmul_gated", x, weight, None, weight.shape[0] // 2)
 
 
 def settings_shape(padded_rows: int, width: int) -> str:
@@ -53,12 +49,7 @@ def settings_shape(padded_rows: int, width: int) -> str:
 
 
 def _launch(
-    operation: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    width: int,
+    operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int
 ) -> torch.Tensor:
     num_rows, depth = x.shape
     assert num_rows <= MAX_ROWS
@@ -67,17 +58,10 @@ def _launch(
     assert x.stride(1) == 1
     padded_rows = max(LEAST_ROWS, triton.next_power_of_2(num_rows))
     settings = launch_settings(operation, x.device, settings_shape(padded_rows, width))
-    num_tiles, num_splits = triton.cdiv(width, settings["BLOCK_N"]), settings["SPLIT_K"]
-    assert num_tiles <= MAX_TILES
     output = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
-    partials = counters = None
-    if num_splits > 1:
-        partials = torch.empty(num_splits, num_rows, weight.shape[0], dtype=torch.float32, device=x.device)
-        counters = zeroed_counters(x.device, MAX_TILES)
     if num_rows:
-        skinny_matmul_kernel[(num_tiles, num_splits)](
-            x, weight, bias, residual, output, partials, counters, num_rows, x.stride(0),
-            0 if residual is None else residual.stride(0), WIDTH=width, DEPTH=depth, ROWS=padded_rows,
+        skinny_matmul_kernel[(triton.cdiv(width, settings["BLOCK_N"]),)](
+            x, weight, bias, output, num_rows, x.stride(0), WIDTH=width, DEPTH=depth, ROWS=padded_rows,
             IS_GATED=operation == "skinny_matmul_gated", WIDEN=INTERPRETS, **settings,
         )  # fmt: skip
     return output
@@ -85,24 +69,19 @@ def _launch(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def skinny_matmul_kernel(
-    x, weight, bias, residual, output, partials, counters, num_rows, x_stride, residual_stride,
+    x, weight, bias, output, num_rows, x_stride,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, IS_GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
 ):  # fmt: skip
-    STEPS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
-    STEPS_PER_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
-    tile, split = tl.program_id(0), tl.program_id(1)
-    rows, columns = tl.arange(0, ROWS), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < WIDTH
     depths = tl.arange(0, BLOCK_K)
     inputs = x + rows[:, None] * x_stride + depths[None, :]
     weights = weight + columns.to(tl.int64)[:, None] * DEPTH + depths[None, :]
     first = tl.zeros((ROWS, BLOCK_N), tl.float32)
     second = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    start = split * STEPS_PER_SPLIT
-    for step in range(start, tl.minimum(start + STEPS_PER_SPLIT, STEPS)):
-        offset = step * BLOCK_K
+    for offset in range(0, DEPTH, BLOCK_K):
         row_mask, mask = (rows < num_rows)[:, None], is_column[:, None]
         if DEPTH % BLOCK_K != 0:
             row_mask = row_mask & (depths < DEPTH - offset)[None, :]
@@ -115,20 +94,6 @@ def skinny_matmul_kernel(
             second = _product(values, other, second, WIDEN)
     places = rows[:, None] * WIDTH + columns[None, :]
     mask = (rows < num_rows)[:, None] & is_column[None, :]
-    if SPLIT_K > 1:
-        part = num_rows * WIDTH
-        parts: tl.constexpr = 2 if IS_GATED else 1
-        tl.store(partials + split * parts * part + places, first, mask)
-        if IS_GATED:
-            tl.store(partials + (split * 2 + 1) * part + places, second, mask)
-        # All threads have stored before one of them counts; the last part sees what the others stored.
-        tl.debug_barrier()
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") < SPLIT_K - 1:
-            return
-        tl.store(counters + tile, 0)
-        first = _sum_of_parts(partials + places, part * parts, mask, SPLIT_K)
-        if IS_GATED:
-            second = _sum_of_parts(partials + part + places, part * parts, mask, SPLIT_K)
     dtype = output.dtype.element_ty
     if bias is not None:
         first += tl.load(bias + columns, is_column, other=0.0).to(tl.float32)[None, :]
@@ -138,9 +103,6 @@ def skinny_matmul_kernel(
         gate = result.to(tl.float32)
         active = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
         result = (active * second.to(dtype).to(tl.float32)).to(dtype)
-    if residual is not None:
-        added = tl.load(residual + rows[:, None] * residual_stride + columns[None, :], mask, other=0.0)
-        result = (result.to(tl.float32) + added.to(tl.float32)).to(dtype)
     tl.store(output + places, result, mask)
 
 
@@ -149,12 +111,3 @@ def _product(values, block, total, WIDEN: tl.constexpr):
     if WIDEN:
         values, block = values.to(tl.float32), block.to(tl.float32)
     return tl.dot(values, tl.trans(block), total, input_precision="ieee")
-
-
-@triton.jit
-def _sum_of_parts(places, part_stride, mask, SPLIT_K: tl.constexpr):
-    """The parts' sums, always added in the same order, read past the first-level cache."""
-    total = tl.load(places, mask, other=0.0, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLIT_K):
-        total += tl.load(places + split * part_stride, mask, other=0.0, cache_modifier=".cg")
-    return total

@@ -1,13 +1,13 @@
 """The worst case the limits allow, run before KV memory is sized, and the number of blocks that then fit."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from text_generation_shard import distributed
 from text_generation_shard.execution import Execution
-from text_generation_shard.kv_cache import KvLayout, allocate_kv_caches, cpu_kv_bytes, cuda_kv_bytes
+from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_caches, cpu_kv_bytes, cuda_kv_bytes
 from text_generation_shard.step_inputs import BatchLimits
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,38 @@ class WarmUpLimits:
 
 def run_worst_case(execution: Execution, limits: BatchLimits, layout: KvLayout, device: torch.device) -> None:
     """Run the largest steps on a cache of one block that all sequences share; raises WarmUpError."""
+    caches = allocate_kv_caches(layout, 1, device)
+    if _fits(execution, limits, caches):
+        return
+    raise WarmUpError(
+        f"a step of {limits.max_step_tokens} tokens or {limits.max_num_sequences} sequences does not fit the memory"
+        f" of {device}; lower max_batch_prefill_tokens or max_batch_size{_advice(execution, limits, caches)}"
+    )
+
+
+def _fits(execution: Execution, limits: BatchLimits, caches: KvCaches) -> bool:
     try:
-        execution.run_worst_case(limits, allocate_kv_caches(layout, 1, device))
+        execution.run_worst_case(limits, caches)
     except torch.OutOfMemoryError:
-        raise WarmUpError(
-            f"a step of {limits.max_step_tokens} tokens or {limits.max_num_sequences} sequences does not fit the memory"
-            f" of {device}; lower max_batch_prefill_tokens or max_batch_size"
-        ) from None
+        return False
+    return True
+
+
+def _advice(execution: Execution, limits: BatchLimits, caches: KvCaches) -> str:
+    """The largest step that fits, found by trying: as a sentence's end. Ranks of a group cannot try on their own."""
+    if distributed.world_size() > 1:
+        return ""
+    fitting, failing = 0, limits.max_step_tokens
+    # As exact as it is worth: each try takes as long as a large step.
+    while failing - fitting > max(1, limits.max_step_tokens // 32):
+        middle = (fitting + failing) // 2
+        if _fits(execution, replace(limits, max_step_tokens=middle), caches):
+            fitting = middle
+        else:
+            failing = middle
+    if fitting:
+        return f": with {limits.max_num_sequences} sequences, {fitting} tokens fit"
+    return f": {limits.max_num_sequences} sequences do not fit with any number of tokens"
 
 
 def num_kv_blocks(limits: WarmUpLimits, layout: KvLayout, budget: KvBudget, device: torch.device) -> int:
@@ -75,6 +100,12 @@ def num_kv_blocks(limits: WarmUpLimits, layout: KvLayout, budget: KvBudget, devi
     if limits.max_kv_tokens and limits.max_kv_tokens < num_tokens:
         num_blocks = limits.max_kv_tokens // layout.block_size
         num_tokens, limit = num_blocks * layout.block_size, "max_batch_total_tokens"
+    elif limits.max_kv_tokens > num_tokens:
+        logger.warning(
+            "max_batch_total_tokens %d does not fit: the memory holds %d tokens, which is the limit now",
+            limits.max_kv_tokens,
+            num_tokens,
+        )
     if num_blocks == 0:
         raise WarmUpError(f"{limit} does not hold a single block of {layout.block_size} tokens")
     if limits.max_sequence_length > num_tokens:

@@ -9,19 +9,23 @@ from text_generation_kernels.benchmarks.occupancy import MULTIPROCESSORS, progra
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GPU_NAMES = {"a100": "A100, sm_80", "ada": "RTX 4090 / L40, sm_89", "h100": "H100, sm_90", "h200": "H200, sm_90"}
-PREFACE = f"""# The kernels' machine code
+PREFACE = """# The kernels' machine code
 
-Written by `python tests/kernels/machine_code_table.py` with triton {triton.__version__}: every kernel in bfloat16, at
-the sizes of Llama 3.1 8B, with its entry of the launch table, compiled without a GPU. Registers and spills (bytes in
-local memory) are those of a thread, shared memory that of a program. The last two columns follow from them: how many
-programs run on a multiprocessor at once, and which share of the warps that it can hold they are. H200 has rows of its
-own only where its entry differs from the H100's. `tests/kernels/test_compile.py` asserts the same of float16 and
-float32: what is asked for fits, 16-bit kernels spill nothing, attention of prompts on sm_90 uses wgmma, float32
-products are IEEE's, and kernels bound by memory load 16 bytes at a time.
-
+Written by `python tests/kernels/machine_code_table.py`, which leaves the tables of other versions of Triton than its
+own as they are: every kernel in bfloat16, at the sizes of Llama 3.1 8B, with its entry of the launch table, compiled
+without a GPU. Registers and spills (bytes in local memory) are those of a thread, shared memory that of a program. The
+last two columns follow from them: how many programs run on a multiprocessor at once, and which share of the warps that
+it can hold they are. H200 has rows of its own only where its entry differs from the H100's.
+`tests/kernels/test_compile.py` asserts the same of float16 and float32: what is asked for fits, 16-bit kernels spill
+nothing, attention of prompts on sm_90 uses wgmma, float32 products are IEEE's, and kernels bound by memory load 16
+bytes at a time.
+"""
+HEAD = """
 | kernel | GPU | warps | registers | spills | shared, KiB | programs | occupancy |
 |---|---|---|---|---|---|---|---|
 """
+PATH = ROOT / "docs" / "kernels.md"
+SECTION = "\n## triton "
 
 
 def main() -> None:
@@ -35,7 +39,9 @@ def main() -> None:
             f" {usage.num_spilled_bytes} | {usage.shared_bytes / 1024:.1f} | {programs} |"
             f" {programs * usage.num_warps / limits.max_warps:.0%} |\n"
         )
-    (ROOT / "docs" / "kernels.md").write_text(PREFACE + "".join(lines))
+    sections = [text.partition("\n")[::2] for text in PATH.read_text().split(SECTION)[1:]]
+    tables = dict(sections) | {triton.__version__: HEAD + "".join(lines)}
+    PATH.write_text(PREFACE + "".join(f"{SECTION}{version}\n{table}" for version, table in sorted(tables.items())))
 
 
 if __name__ == "__main__":

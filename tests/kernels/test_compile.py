@@ -124,21 +124,18 @@ def token_cases(data: str) -> list[CompiledKernel]:
 def skinny_cases(data: str) -> list[CompiledKernel]:
     """The products of a decode step of Llama-3.1-8B."""
     types = dict.fromkeys(("x", "weight", "output"), data) | {"num_rows": "i32", "x_stride": "i32"}
-    types |= {"residual_stride": "i32"}
-    split = {"partials": "*fp32", "counters": "*i32"}
     cases = []
     products = ((6144, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False))
     for (width, depth, is_gated), rows in itertools.product(products, (16, 32, 64)):
         output = width // 2 if is_gated else width
         operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", settings_shape(rows, output))
-        is_split = settings_of_class(operation[0], "h100", operation[1])["SPLIT_K"] > 1
-        added = {} if is_gated else {"bias": data, "residual": data}
+        added = {} if is_gated else {"bias": data}
         constants: dict[str, object] = {"WIDTH": output, "DEPTH": depth, "ROWS": rows}
         constants |= {"IS_GATED": is_gated, "WIDEN": False}
-        constants |= dict.fromkeys(() if is_split else split) | dict.fromkeys(() if added else ("bias", "residual"))
+        constants |= {} if added else {"bias": None}
         cases.append(
             CompiledKernel(
-                skinny_matmul.skinny_matmul_kernel, operation, types | added | (split if is_split else {}), constants,
+                skinny_matmul.skinny_matmul_kernel, operation, types | added, constants,
                 unaligned=("num_rows",), name=f"{rows} x {depth} x {width}",
                 is_slow=rows != 32 or width in (6144, 128256),
             )

@@ -4,7 +4,7 @@ import gc
 import math
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,10 @@ class Formula:
         self.sequence_lengths: list[list[int]] = []
         self.last_positions: list[list[int]] = []
         self.num_cache_blocks: list[int] = []
+        self.on_forward: Callable[[torch.Tensor], None] = lambda input_ids: None
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.on_forward(input_ids)
         context = get_forward_context()
         starts = context.attention.query_starts
         self.query_lengths.append(starts.diff().tolist())
@@ -252,6 +254,26 @@ def test_kv_memory_stays_within_its_limit(max_kv_tokens: int, num_blocks: int, t
     assert runner.warm_up(WarmUpLimits(24, 6, 32, max_kv_tokens)) == num_blocks
 
 
+def test_more_kv_memory_than_there_is_becomes_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runner, _ = make_runner(tmp_path, 9)
+    runner.warm_up(WarmUpLimits(24, 6, 0, 145))
+    assert "max_batch_total_tokens 145 does not fit: the memory holds 144 tokens" in caplog.text
+
+
+def test_a_worst_case_out_of_memory_names_the_largest_step_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, model = make_runner(tmp_path)
+
+    def exhausted(input_ids: torch.Tensor) -> None:
+        if len(input_ids) > 17:
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    model.on_forward = exhausted
+    with pytest.raises(WarmUpError, match=r"24 tokens or 6 sequences .*: with 6 sequences, 17 tokens fit"):
+        runner.warm_up(LIMITS)
+
+
 def test_a_worst_case_out_of_memory_names_the_limits_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = make_runner(tmp_path)
 
@@ -259,5 +281,5 @@ def test_a_worst_case_out_of_memory_names_the_limits_to_lower(tmp_path: Path, mo
         raise torch.OutOfMemoryError("tried to allocate 9 GiB")
 
     monkeypatch.setattr(Formula, "compute_logits", exhausted)
-    with pytest.raises(WarmUpError, match="24 tokens or 6 sequences"):
+    with pytest.raises(WarmUpError, match=r"24 tokens or 6 sequences .*: 6 sequences do not fit with any number"):
         runner.warm_up(LIMITS)

@@ -10,7 +10,7 @@ from text_generation_kernels.benchmarks.harness import Bench, Case
 from text_generation_kernels.skinny_matmul import LEAST_ROWS, settings_shape, skinny_gated_linear, skinny_linear
 
 CANDIDATES = {
-    "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128, 256], "SPLIT_K": [1, 2], "num_warps": [4], "num_stages": [4, 6],
+    "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128, 256], "num_warps": [4], "num_stages": [4, 6],
 }  # fmt: skip
 # output width, depth
 WEIGHTS = {
