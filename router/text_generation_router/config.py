@@ -48,6 +48,18 @@ class RouterConfig:
     max_client_batch_size: int = flag(
         4, "Most prompts in one completions request, and instances in one request to /vertex.", positive=True
     )
+    max_queued_tokens: int | None = flag(
+        None,
+        "Prompt tokens that may wait for their first step; a request beyond them gets 429. Default: four times the KV "
+        "memory.",
+        positive=True,
+    )
+    queue_timeout: float | None = flag(
+        None, "Seconds that a request may wait for its first step; then it gets 429. Default: no limit."
+    )
+    request_timeout: float | None = flag(
+        None, "Seconds from a request's arrival to its last token; then it ends with 504. Default: no limit."
+    )
     hostname: str = flag("0.0.0.0", "IP address to listen on.")
     port: int = flag(3000, "Port to listen on; 0 picks a free one and prints it.", short="p")
     prometheus_port: int = flag(9000, "Port that serves /metrics alone; 0 picks a free one and prints it.")

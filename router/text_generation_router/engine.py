@@ -12,14 +12,18 @@ from collections import deque
 
 from text_generation_router.block_manager import BlockManager
 from text_generation_router.config import RouterConfig
+from text_generation_router.deadlines import Deadlines
 from text_generation_router.errors import (
+    DeadlineExceeded,
     GenerationError,
     IncompleteGeneration,
+    QueueFull,
+    QueueTimeExceeded,
     ShuttingDown,
     Unhealthy,
 )
 from text_generation_router.garbage import GarbageCollection
-from text_generation_router.limits import Limits, derive_limits, step_limits
+from text_generation_router.limits import Limits, QueueLimits, derive_limits, queue_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
@@ -54,6 +58,7 @@ class Engine:
         tokenizer: Tokenizer,
         metrics: Metrics,
         limits: Limits,
+        waiting_limits: QueueLimits = QueueLimits(),  # noqa: B008 (it is frozen)
     ) -> None:
         self.limits = limits
         self._scheduler = scheduler
@@ -64,6 +69,12 @@ class Engine:
         self._publisher = Publisher(scheduler, self._report)
         self._tokens = metrics.tokens
         metrics.on_scrape(self._report_tokens)
+        self._queue_limits = waiting_limits
+        self._queue_deadlines = self._deadlines = None
+        if (limit_s := waiting_limits.queue_timeout_s) is not None:
+            self._queue_deadlines = Deadlines(limit_s, self._end_waiting)
+        if (limit_s := waiting_limits.request_timeout_s) is not None:
+            self._deadlines = Deadlines(limit_s, self._end_late)
         self._garbage = GarbageCollection()
         self._in_flight: deque[PlanInFlight] = deque()
         self._timing = PlanTiming()
@@ -82,11 +93,15 @@ class Engine:
     # The requests' side.
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        """Queue a request, also while draining. Raises ShuttingDown after that and Unhealthy when a shard is gone."""
+        """Queue a request, also while draining. Raises ShuttingDown after that and Unhealthy when a shard is gone.
+
+        Raises QueueFull when too many prompt tokens wait.
+        """
         if self._failure is not None:
             raise Unhealthy
         if self._is_over:
             raise ShuttingDown
+        self._check_room(request)
         sequence = self._scheduler.add(request)
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(sequence.num_prompt_tokens, sequence.sequence_id, timings)
@@ -95,8 +110,35 @@ class Engine:
         except Exception:
             self._scheduler.finish(sequence)
             raise
+        age_s = (timings.queued_ns - timings.received_ns) / 1e9
+        if self._queue_deadlines is not None:
+            self._queue_deadlines.add(sequence.sequence_id)
+        if self._deadlines is not None:
+            self._deadlines.add(sequence.sequence_id, age_s)
         self._wakeup.set()
         return stream
+
+    def _check_room(self, request: ValidRequest) -> None:
+        limit, num_tokens = self._queue_limits.max_prompt_tokens, len(request.token_ids)
+        if limit is not None and not self._scheduler.waiting.has_room(request.tenant, num_tokens, limit):
+            raise QueueFull(f": {self._scheduler.waiting.num_prompt_tokens} prompt tokens wait, at most {limit} may")
+
+    def _end_waiting(self, sequence_id: int) -> None:
+        """A sequence's time to wait is over."""
+        output = self._publisher.get(sequence_id)
+        if output is not None and not output.stream.timings.first_scheduled_ns:
+            limit_s = self._queue_limits.queue_timeout_s
+            self._publisher.cancel(sequence_id, QueueTimeExceeded(f": the request waited longer than {limit_s:g} s"))
+            self._wakeup.set()
+
+    def _end_late(self, sequence_id: int) -> None:
+        """A sequence's whole time is over."""
+        self._publisher.cancel(sequence_id, DeadlineExceeded(f"{self._queue_limits.request_timeout_s:g} s"))
+        self._wakeup.set()
+
+    def num_waiting(self) -> int:
+        """Sequences that are not in the batch."""
+        return len(self._scheduler.waiting)
 
     async def prepare_grammar(self, text: str) -> str:
         """Get the shard ready for a grammar; answers "", or why no request can have it. Raises Unhealthy."""
@@ -293,6 +335,7 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     if tokens is not None and not config.disable_grammar_support:
         await shards.load_vocabulary(*tokens)
     progress = ShardProgress(config.run_folder, config.world_size)
-    engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits)
+    waiting_limits = queue_limits(config, num_blocks * info.block_size)
+    engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits, waiting_limits)
     engine.start()
     return engine

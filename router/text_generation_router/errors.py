@@ -11,11 +11,14 @@ RouterError
 ├── TemplateError                   422  template_error
 ├── ToolError                       422  tool_error
 ├── Overloaded                      429  overloaded
+│   ├── QueueFull
+│   ├── QueueTimeExceeded
 │   └── GrammarsOverloaded
 ├── ShuttingDown                    503  overloaded
 ├── GenerationError                 424  generation
 ├── IncompleteGeneration            500  incomplete_generation
 ├── IncompleteGenerationStream      500  incomplete_generation_stream
+├── DeadlineExceeded                504  deadline_exceeded
 ├── InternalError                   500  internal_error
 ├── NotOffered                      501  not_implemented
 └── Unhealthy                       503  healthcheck
@@ -24,6 +27,8 @@ RouterError
 # Why a request is refused. Keys and broken HTTP are refused before there is an error of ours.
 REJECTIONS = (
     "concurrent_requests",
+    "queued_tokens",
+    "queue_time",
     "grammars",
     "draining",
     "unhealthy",
@@ -31,6 +36,7 @@ REJECTIONS = (
     "template",
     "malformed",
     "payload",
+    "header_time",
     "body_time",
     "http",
     "api_key",
@@ -132,6 +138,18 @@ class Overloaded(RouterError):
     rejection = "concurrent_requests"
 
 
+class QueueFull(Overloaded):
+    """More prompt tokens wait than `--max-queued-tokens`."""
+
+    rejection = "queued_tokens"
+
+
+class QueueTimeExceeded(Overloaded):
+    """A request waited longer than `--queue-timeout` for its first step."""
+
+    rejection = "queue_time"
+
+
 class GrammarsOverloaded(Overloaded):
     """More grammars wait to be compiled than is bearable."""
 
@@ -165,6 +183,13 @@ class IncompleteGenerationStream(RouterError):
 
     status, error_type, failure_label = 500, "incomplete_generation_stream", "incomplete"
     prefix = "Incomplete generation"
+
+
+class DeadlineExceeded(RouterError):
+    """A request took longer than `--request-timeout`."""
+
+    status, error_type, failure_label = 504, "deadline_exceeded", "incomplete"
+    prefix = "Incomplete generation: the request took longer than "
 
 
 class InternalError(RouterError):

@@ -42,6 +42,7 @@ class GenerationOptions:
     prefill_details: bool = False
     grammar: Grammar | None = None
     user: str | None = None  # for the log alone
+    priority: int | None = None
     # Special tokens whose own text is part of the answer's text.
     shown_special_ids: frozenset[int] = frozenset()
     # Names of other given parameters that this server does not honour.

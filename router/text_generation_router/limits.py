@@ -9,6 +9,10 @@ DEFAULT_MAX_STEP_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQUENCES = 1024
 
 
+# Of the KV memory: prompt tokens that may wait.
+DEFAULT_QUEUED_SHARE = 4
+
+
 class InvalidLimits(Exception):
     """Limits that contradict each other, the model or the memory; the text names the flag and what fits."""
 
@@ -21,6 +25,24 @@ class Limits:
     max_total_tokens: int
     vocab_size: int  # the logits' width: every token id is below it
     device_name: str
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """How much may wait, and for how long; None: without limit."""
+
+    max_prompt_tokens: int | None = None
+    queue_timeout_s: float | None = None
+    request_timeout_s: float | None = None
+
+
+def queue_limits(config: RouterConfig, max_kv_tokens: int) -> QueueLimits:
+    """The limits on waiting; raises InvalidLimits."""
+    for flag, seconds in (("--queue-timeout", config.queue_timeout), ("--request-timeout", config.request_timeout)):
+        if seconds is not None and seconds <= 0:
+            raise InvalidLimits(f"{flag} must be more than 0 seconds")
+    max_prompt_tokens = config.max_queued_tokens or DEFAULT_QUEUED_SHARE * max_kv_tokens
+    return QueueLimits(max_prompt_tokens, config.queue_timeout, config.request_timeout)
 
 
 def step_limits(config: RouterConfig, info: ShardInfo) -> tuple[int, int]:

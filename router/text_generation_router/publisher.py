@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from text_generation_router.errors import GenerationError, InternalError, RouterError
+from text_generation_router.errors import GenerationError, IncompleteGeneration, InternalError, RouterError
 from text_generation_router.output import SequenceOutput
 from text_generation_router.scheduler import Progress, Scheduler
 from text_generation_router.step import PlanInFlight, StepResult
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # As long as a slice may keep the loop from results and requests.
 SLICE_NS = 1_000_000
+# What a client that does not read may leave in its stream before its generation ends: some 4 MB.
+MAX_UNREAD_TOKENS = 16_384
 # Sequences between two looks at the clock.
 CHUNK_SIZE = 32
 
@@ -115,7 +117,9 @@ class Publisher:
                 logger.exception("The events of one sequence failed")
                 self._fail(output, InternalError())
                 continue
-            if output.finish_reason is not None:
+            if output.stream.num_unread_tokens > MAX_UNREAD_TOKENS:
+                self._fail(output, IncompleteGeneration(": the client does not read its answer"))
+            elif output.finish_reason is not None:
                 self._scheduler.finish(output.sequence)
                 del self._outputs[output.sequence.sequence_id]
         now_ns = time.monotonic_ns()

@@ -74,4 +74,5 @@ def request_ranges(config: RouterConfig, limits: InputLimit) -> dict[str, Range]
         "top_n_tokens": Range(0, config.max_top_n_tokens, flag="--max-top-n-tokens"),
         "truncate": Range(1, limits.max_input_tokens, flag="--max-input-tokens"),
         "seed": Range(0, MAX_SEED),
+        "priority": Range(-100, 100),
     }

@@ -85,6 +85,8 @@ class Scheduler:
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         if sequence.state is not SequenceState.FINISHED:
+            if (num_generated := len(sequence.token_ids) - sequence.num_prompt_tokens) > 0:
+                self.waiting.note_generated(num_generated)
             sequence.state = SequenceState.FINISHED
             del self._by_id[sequence.sequence_id]
             if sequence.step_last_planned > self._last_step_ended:
@@ -200,7 +202,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def _admit(self, plan: StepPlan) -> None:
-        if plan.num_preempted:
+        if plan.num_preempted or len(self.running) >= self.limits.max_num_sequences:
             return
         for sequence in self.waiting:
             if len(self.running) >= self.limits.max_num_sequences or self._budget(plan) <= 0:
@@ -262,7 +264,7 @@ class Scheduler:
             sequence.num_cached_tokens = num_hit_tokens
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += num_hit_tokens
-        self.waiting.remove(sequence)
+        self.waiting.join(sequence)
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=lambda other: other.arrival)
         num_tokens = self._chunk(sequence, plan)

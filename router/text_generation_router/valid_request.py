@@ -44,6 +44,8 @@ class ValidRequest:
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()  # end the text beside the model's own
     grammar: str = ""  # canonical text that the generated tokens must follow; "": none
+    tenant: str = ""  # whose key it carries; tenants take turns
+    priority: int = 0  # among the waiting requests of its tenant the lowest goes first
     # Requests share prefix-cache blocks only with requests of the same salt.
     cache_salt: bytes = b""
     # Special tokens whose own text is part of the text, for whoever parses it.

@@ -85,9 +85,12 @@ class Validator:
         prompt: str | list[int],
         options: GenerationOptions,
         add_special_tokens: bool = True,
-        cache_salt: bytes = b"",
+        tenant: str = "",
     ) -> ValidRequest:
-        """Build the request for one prompt, text or token ids; raises ValidationError."""
+        """Build the request for one prompt, text or token ids; raises ValidationError.
+
+        Tenants share no prefix-cache blocks.
+        """
         self.check_options(options)
         if not prompt:
             raise self._error(options, "inputs", "cannot be empty")
@@ -110,7 +113,9 @@ class Validator:
             ignore_eos=options.ignore_eos,
             stop_token_ids=frozenset(options.stop_token_ids),
             grammar=await self._compile(options),
-            cache_salt=cache_salt,
+            tenant=tenant,
+            priority=options.priority or 0,
+            cache_salt=tenant.encode(),
             shown_special_ids=options.shown_special_ids,
         )
 

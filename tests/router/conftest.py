@@ -145,6 +145,9 @@ class FakeEngine:
             task.cancel()
             self.left.append(stream)
 
+    def num_waiting(self) -> int:
+        return 0
+
     def unfinished_ids(self) -> list[int]:
         return list(self._running)
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # A client that has taken nothing for so long, while more is ready for it than the socket holds, has left.
 WRITE_STALL_S = 60.0
+# From the connection to the end of its first request's headers. Between requests aiohttp limits the idle time.
+HEADER_TIMEOUT_S = 30.0
 
 
 def connection_factory(server: web.Server, metrics: RequestMetrics) -> Callable[[], "Connection"]:
@@ -35,7 +37,7 @@ def connection_factory(server: web.Server, metrics: RequestMetrics) -> Callable[
 class Connection(web.RequestHandler):
     """The protocol of one connection of `server`."""
 
-    __slots__ = ("_metrics", "_newest_body", "_num_untaken_bytes", "_stall_timer")
+    __slots__ = ("_header_timer", "_metrics", "_newest_body", "_num_untaken_bytes", "_stall_timer")
 
     def __init__(self, server: web.Server, metrics: RequestMetrics) -> None:
         super().__init__(
@@ -45,9 +47,27 @@ class Connection(web.RequestHandler):
             access_log=None,  # type: ignore[arg-type] # None means that there is none
         )
         self._metrics = metrics
+        self._header_timer: asyncio.TimerHandle | None = None
         self._newest_body: StreamReader | None = None
         self._num_untaken_bytes = 0
         self._stall_timer: asyncio.TimerHandle | None = None
+
+    # Clients that connect and send nothing, or never end their headers.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is open."""
+        super().connection_made(transport)
+        self._header_timer = asyncio.get_running_loop().call_later(HEADER_TIMEOUT_S, self._give_up_headers)
+
+    def _give_up_headers(self) -> None:
+        self._metrics.rejected("header_time")
+        if self.transport is not None:
+            self.transport.close()
+
+    def _stop_waiting_for_headers(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
     # Clients that stop reading. Handlers wait in a write only between these two calls of the transport.
 
@@ -64,6 +84,7 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is closed."""
+        self._stop_waiting_for_headers()
         self._stop_watching()
         super().connection_lost(exc)
 
@@ -90,6 +111,7 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if not self._messages:
             return
+        self._stop_waiting_for_headers()
         body, self._newest_body = self._newest_body, self._messages[-1][1]
         if body is not None and body is not self._newest_body and not body.is_eof():
             body.set_exception(web.RequestPayloadError("malformed chunk"))

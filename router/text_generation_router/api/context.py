@@ -31,10 +31,13 @@ class Engine(Protocol):
         """Known after warm-up."""
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        """Queue a request; raises ShuttingDown after `end_all`."""
+        """Queue a request; raises ShuttingDown after `end_all`, and QueueFull."""
 
     def cancel(self, stream: TokenStream) -> None:
         """Forget a request; without effect once it has ended."""
+
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn."""
 
     def unfinished_ids(self) -> list[int]:
         """The `sequence_id` of each stream whose sequence has not ended."""

@@ -16,7 +16,7 @@ from text_generation_router.api.generation import Generation, GenerationRequest,
 from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
-from text_generation_router.errors import ShuttingDown
+from text_generation_router.errors import Overloaded, ShuttingDown
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import TokenOutput
 
@@ -126,7 +126,7 @@ async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamRe
     record.admit()
     # The status of this route is 200 whatever the validation says; errors are events.
     return await stream_answer(
-        record, len(call.inputs), partial(_send_tokens, record, call), keeps_status=(ShuttingDown,)
+        record, len(call.inputs), partial(_send_tokens, record, call), keeps_status=(Overloaded, ShuttingDown)
     )
 
 

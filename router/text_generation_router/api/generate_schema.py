@@ -28,6 +28,13 @@ BEST_OF = Parameter(
     1,
     range_name="best_of",
 )
+PRIORITY = Parameter(
+    "priority",
+    Kind.INTEGER,
+    "Among the waiting requests with the same API key the lowest goes first.",
+    0,
+    range_name="priority",
+)
 
 GENERATE_PARAMETERS = ObjectSchema(
     "GenerateParameters",
@@ -87,6 +94,7 @@ GENERATE_PARAMETERS = ObjectSchema(
             0,
             range_name="top_n_tokens",
         ),
+        PRIORITY,
         Parameter("watermark", Kind.BOOLEAN, "Whether to watermark the text.", False),
         Parameter("grammar", Kind.OBJECT, "The form that the text must have. Not with `ignore_eos`.", inner=GRAMMAR),
         Parameter("adapter_id", Kind.REFUSED, "An adapter to use; none are loaded."),

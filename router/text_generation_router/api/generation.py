@@ -95,11 +95,12 @@ class GenerationRequest:
     of success, failure or client gone.
     """
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, takes_permit: bool = True) -> None:
         self.context = request.app[CONTEXT_KEY]
         self.http = request
         self.request_id = request[REQUEST_ID_KEY]
         self._tenant = request.get(TENANT_KEY, "")
+        self._takes_permit = takes_permit
         self.received_ns = time.monotonic_ns()
         self.num_prompts = 1
         self._metrics = self.context.metrics.requests
@@ -113,9 +114,15 @@ class GenerationRequest:
             request[TRACE_KEY] = self._trace.response_header
 
     async def __aenter__(self) -> "GenerationRequest":
-        await self.context.turns.take()
         self._metrics.arrived()
         self.context.open_requests.add(self)
+        try:
+            if self._takes_permit:
+                self.context.permits.check(tenant=self._tenant)  # a refusal waits for no turn, and reads no body
+            await self.context.turns.take()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     @property
@@ -134,7 +141,7 @@ class GenerationRequest:
         for generation in self._generations:
             self.context.engine.cancel(generation.stream)
         if self._num_permits:
-            self.context.permits.give_back(self._num_permits, (time.monotonic_ns() - self.received_ns) / 1e9)
+            self.context.permits.give_back(self._num_permits, self._tenant, is_served=bool(self._generations))
         self.context.open_requests.remove(self)
         if self._trace is not None:
             self._end_trace(self._trace, error)
@@ -164,14 +171,14 @@ class GenerationRequest:
         """Take a permit for each prompt; raises Overloaded, and ShuttingDown while draining."""
         self._metrics.arrived(num_prompts - 1)
         self.num_prompts = num_prompts
-        self.context.permits.take(num_prompts)
+        self.context.permits.take(num_prompts, self._tenant)
         self._num_permits = num_prompts
 
     async def validate(
         self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
     ) -> ValidRequest:
-        """Check and encode one prompt; tenants share no prefix-cache blocks. Raises ValidationError."""
-        return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant.encode())
+        """Check and encode one prompt; raises ValidationError."""
+        return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
 
     def submit(self, request: ValidRequest, options: GenerationOptions) -> Generation:
         """Queue one prompt, made with these options."""

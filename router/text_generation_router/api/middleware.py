@@ -109,4 +109,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 def _retry_after_s(error: Exception, context: Context) -> int:
-    return DRAIN_RETRY_AFTER_S if isinstance(error, ShuttingDown) else context.permits.retry_after_s()
+    return (
+        DRAIN_RETRY_AFTER_S
+        if isinstance(error, ShuttingDown)
+        else context.permits.retry_after_s(context.engine.num_waiting())
+    )

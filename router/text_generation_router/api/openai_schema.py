@@ -3,6 +3,7 @@
 from text_generation_router.api.generate_schema import (
     BEST_OF,
     IGNORE_EOS,
+    PRIORITY,
     REPETITION_PENALTY,
     SEED,
     STOP,
@@ -76,6 +77,7 @@ SHARED = (
     ),
     TYPICAL_P,
     SEED,
+    PRIORITY,
     Parameter(
         "frequency_penalty",
         Kind.NUMBER,

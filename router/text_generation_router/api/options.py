@@ -16,5 +16,6 @@ def read_shared_options(fields: Fields, is_stream: bool) -> GenerationOptions:
         ignore_eos=fields.boolean("ignore_eos"),
         repetition_penalty=fields.number("repetition_penalty"),
         best_of=fields.integer("best_of"),
+        priority=fields.integer("priority"),
         is_stream=is_stream,
     )

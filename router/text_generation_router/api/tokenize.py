@@ -30,7 +30,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def chat_tokenize(request: web.Request) -> web.Response:
     """POST /chat_tokenize: the rendered prompt of a conversation and its tokens."""
-    async with GenerationRequest(request) as record:  # as TGI counts it: among the requests
+    async with GenerationRequest(request, takes_permit=False) as record:  # as TGI counts it: among the requests
         context = record.context
         call = read_chat_call(Fields(await read_body(request), CHAT_BODY), context.chat_template.family)
         prompt = await render_prompt(context, call.conversation)

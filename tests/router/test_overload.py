@@ -1,0 +1,327 @@
+"""More than the server can bear: bounds on what waits and for how long, tenants, clients that do not read or send."""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import pytest
+from text_generation_router import publisher as publisher_module
+from text_generation_router.api import connection as connection_module
+from text_generation_router.block_manager import BlockManager
+from text_generation_router.config import RouterConfig
+from text_generation_router.engine import Engine
+from text_generation_router.errors import (
+    DeadlineExceeded,
+    IncompleteGeneration,
+    QueueFull,
+    QueueTimeExceeded,
+)
+from text_generation_router.limits import InvalidLimits, Limits, QueueLimits, queue_limits
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduler import Scheduler, SchedulerLimits
+from text_generation_router.step import StepPlan, StepResult
+from text_generation_router.token_stream import Timings
+from text_generation_router.valid_request import ValidRequest
+
+GENERATE = {"inputs": "abc"}
+
+
+class OneAtATime:
+    """Answers `a` for the one sequence that its batch holds, or nothing while it is frozen."""
+
+    processes: tuple[Any, ...] = ()
+
+    def __init__(self) -> None:
+        self.is_frozen = False
+        self.joined: list[bytes] = []  # prompts, in the order in which they joined
+        self._rows: list[int] = []
+
+    def start(self, on_result: Any, on_failure: Any) -> None:
+        self._on_result = on_result
+
+    async def send(self, plan: StepPlan) -> None:
+        self._rows = [sequence_id for sequence_id in self._rows if sequence_id not in plan.removed_sequence_ids]
+        self._rows += [new.sequence_id for new in plan.new_sequences]
+        self.joined += [bytes(new.token_ids) for new in plan.new_sequences]
+        ids = [] if plan.is_empty else list(self._rows)
+        if not self.is_frozen:
+            result = StepResult(plan.step, ids, [ord("a")] * len(ids), [-0.5] * len(ids))
+            asyncio.get_running_loop().call_later(0.001, self._on_result, result)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class Life:
+    """An engine that runs one sequence at a time."""
+
+    engine: Engine
+    shard: OneAtATime
+    scheduler: Scheduler
+
+    def submit(self, prompt: bytes, num_tokens: int = 4, tenant: str = "", priority: int = 0):
+        request = ValidRequest(list(prompt), num_tokens, tenant=tenant, priority=priority)
+        return self.engine.submit(request, Timings(received_ns=asyncio_now_ns()))
+
+
+def asyncio_now_ns() -> int:
+    return int(asyncio.get_running_loop().time() * 1e9)
+
+
+@pytest.fixture
+def living(tokenizer):
+    """Runs a test's body beside an engine; in the end nothing waits and all blocks are free."""
+
+    def run(body, **limits) -> None:
+        async def main() -> None:
+            scheduler = Scheduler(SchedulerLimits(256, 1), BlockManager(64, 4), tokenizer.eos_token_ids)
+            metrics, shard = Metrics(), OneAtATime()
+            metrics.set_limits(100, 100)
+            progress = type("NeverOverdue", (), {"overdue_rank": lambda self: None})()
+            engine = Engine(
+                scheduler, shard, progress, tokenizer, metrics, Limits(200, 256, 257, "cpu"), QueueLimits(**limits)
+            )
+            engine.start()
+            async with asyncio.timeout(20):
+                await body(Life(engine, shard, scheduler))
+                while scheduler.num_unfinished:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            await engine.stop()
+            assert scheduler.blocks.num_held == 0
+
+        asyncio.run(main())
+
+    return run
+
+
+async def read_all(stream) -> int:
+    num_tokens = 0
+    while outputs := await stream.read():
+        num_tokens += len(outputs)
+    return num_tokens
+
+
+async def until_running(stream) -> None:
+    while not stream.timings.first_scheduled_ns:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+def test_the_bound_on_prompt_tokens(living):
+    async def body(life: Life) -> None:
+        running = life.submit(b"x" * 90)
+        await until_running(running)
+        waiting = [life.submit(b"y" * 60, tenant="a"), life.submit(b"z" * 40, tenant="a")]
+        with pytest.raises(QueueFull, match="100 prompt tokens wait, at most 100 may"):
+            life.submit(b"w", tenant="a")
+        waiting.append(life.submit(b"w" * 50, tenant="b"))
+        with pytest.raises(QueueFull):
+            life.submit(b"w", tenant="b")
+        assert life.engine.num_waiting() == 3
+        assert await asyncio.gather(*map(read_all, [running, *waiting])) == [4] * 4
+        assert await read_all(life.submit(b"v" * 150)) == 4, "an empty queue takes anything"
+
+    living(body, max_prompt_tokens=100)
+
+
+def test_who_waits_longer_than_the_limit_gets_an_error_and_who_runs_does_not(living):
+    async def body(life: Life) -> None:
+        running = life.submit(b"x", 150)
+        await until_running(running)
+        waiting = life.submit(b"y")
+        with pytest.raises(QueueTimeExceeded, match=r"longer than 0\.02 s"):
+            await read_all(waiting)
+        assert await read_all(running) == 150
+        assert life.shard.joined == [b"x"]
+
+    living(body, queue_timeout_s=0.02)
+
+
+def test_the_deadline_ends_what_runs_and_what_waits(living):
+    async def body(life: Life) -> None:
+        life.shard.is_frozen = True
+        running = life.submit(b"x", 100)
+        await until_running(running)
+        for stream in (running, life.submit(b"y")):
+            with pytest.raises(DeadlineExceeded, match=r"longer than 0\.03 s"):
+                await read_all(stream)
+        life.shard._on_result(StepResult(1, [], [], []))
+
+    living(body, request_timeout_s=0.03)
+
+
+def test_tenants_take_turns_and_priority_orders_a_tenants_own(living):
+    async def body(life: Life) -> None:
+        first = life.submit(b"first")
+        await until_running(first)
+        streams = [life.submit(b"a%d" % number, tenant="a", priority=-number) for number in range(4)]
+        streams += [life.submit(b"b%d" % number, tenant="b") for number in range(2)]
+        await asyncio.gather(*map(read_all, [first, *streams]))
+        order = life.shard.joined[1:]
+        assert [prompt for prompt in order if prompt.startswith(b"a")] == [b"a3", b"a2", b"a1", b"a0"]
+        assert {prompt[:1] for prompt in order[:2]} == {prompt[:1] for prompt in order[2:4]} == {b"a", b"b"}
+
+    living(body)
+
+
+def test_a_client_that_does_not_read_costs_a_bounded_buffer(living, monkeypatch):
+    monkeypatch.setattr(publisher_module, "MAX_UNREAD_TOKENS", 5)
+
+    async def body(life: Life) -> None:
+        stalled = life.submit(b"x", 200)
+        assert await read_all(life.submit(b"y", 20)) == 20
+        assert stalled.num_unread_tokens == 6
+        with pytest.raises(IncompleteGeneration, match="does not read"):
+            await read_all(stalled)
+
+    living(body)
+
+
+@pytest.mark.parametrize("name", ["queue_timeout", "request_timeout"])
+def test_limits_of_no_time_are_refused(name):
+    with pytest.raises(InvalidLimits, match=f"--{name.replace('_', '-')} must be more than 0"):
+        queue_limits(RouterConfig(**{name: 0.0}), 1000)
+
+
+def test_by_default_four_times_the_memory_may_wait_for_any_time():
+    assert queue_limits(RouterConfig(), 1000) == QueueLimits(4000, None, None)
+
+
+# The HTTP side.
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", GENERATE),
+        ("/generate_stream", GENERATE),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+    ],
+)
+def test_a_full_queue_is_a_429_on_every_route(serving, make_engine, path, body):
+    class FullEngine(make_engine):
+        def submit(self, request: ValidRequest, timings: Timings):
+            raise QueueFull(": 9 prompt tokens wait, at most 8 may")
+
+        def num_waiting(self) -> int:
+            return 12
+
+    async def run():
+        async with serving(FullEngine()) as served:
+            async with served.client.post(path, json=body) as response:
+                assert response.status == 429
+                assert response.headers["Retry-After"] == "1", "nothing has been measured yet"
+                answer = await response.json()
+                assert answer["error_type"] == "overloaded"
+            served.context.permits.take(1)
+            served.context.permits.give_back(1)
+            async with served.client.post(path, json=body) as response:
+                # One request has ended in the first second: twelve take twelve seconds.
+                assert response.headers["Retry-After"] == "12"
+            counts = served.counts()
+            assert counts['tgi_request_rejected{reason="queued_tokens"}'] == 2
+            assert counts["tgi_request_residual"] == counts["tgi_request_running"] == 0
+
+    asyncio.run(run())
+
+
+def test_a_deadline_is_a_504(serving, make_engine):
+    async def run():
+        async with serving(make_engine(answer="", error=DeadlineExceeded("3 s"))) as served:
+            async with served.client.post("/generate", json=GENERATE) as response:
+                assert response.status == 504
+                assert (await response.json()) == {
+                    "error": "Incomplete generation: the request took longer than 3 s",
+                    "error_type": "deadline_exceeded",
+                }
+            assert served.counts()['tgi_request_failure{err="incomplete"}'] == 1
+
+    asyncio.run(run())
+
+
+def test_who_is_refused_need_not_send_a_body(serving, make_engine, until):
+    async def run():
+        async with serving(make_engine(is_hanging=True), max_concurrent_requests=1) as served:
+            async with served.client.post("/generate_stream", json=GENERATE):
+                host, port = "127.0.0.1", int(served.url.rsplit(":", 1)[1])
+                reader, writer = await asyncio.open_connection(host, port)
+                writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n{")
+                assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")
+                writer.close()
+            await until(lambda: served.context.permits.num_taken == 0)
+            assert served.counts()["tgi_request_residual"] == 0
+
+    asyncio.run(run())
+
+
+def test_tenant_and_priority_reach_the_engine(serving, tmp_path):
+    (tmp_path / "keys").write_text("team:key:secret\n")
+
+    async def run():
+        async with serving(api_keys_file=str(tmp_path / "keys")) as served:
+            headers = {"Authorization": "Bearer secret"}
+            for path, body in (
+                ("/generate", {"inputs": "a", "parameters": {"priority": -3}}),
+                ("/v1/completions", {"prompt": "a", "priority": -3}),
+            ):
+                async with served.client.post(path, json=body, headers=headers) as response:
+                    assert response.status == 200
+                    assert "x-ignored-parameters" not in response.headers
+                request = served.engine.log.pop()
+                assert (request.tenant, request.priority) == ("team", -3)
+            body = {"prompt": "a", "priority": 101}
+            async with served.client.post("/v1/completions", json=body, headers=headers) as response:
+                assert response.status == 422
+                assert "`priority` must be >= -100 and <= 100" in await response.text()
+
+    asyncio.run(run())
+
+
+def test_a_tenants_share_of_permits_is_its_own(serving, make_engine, tmp_path):
+    (tmp_path / "keys").write_text("a:key:key-a\nb:key:key-b\n")
+
+    async def run():
+        config = {"api_keys_file": str(tmp_path / "keys"), "max_concurrent_requests": 2}
+        async with serving(make_engine(is_hanging=True), **config) as served:
+            streams = []
+            for key, status in (("key-a", 200), ("key-a", 200), ("key-a", 429), ("key-b", 200), ("key-b", 429)):
+                headers = {"Authorization": f"Bearer {key}"}
+                response = await served.client.post("/generate_stream", json=GENERATE, headers=headers)
+                assert response.status == status, key
+                streams.append(response)
+            for response in streams:
+                response.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /generate HT", b"POST /generate HTTP/1.1\r\nHost: a\r\nX: "])
+def test_headers_that_never_end_are_cut_off(serving, monkeypatch, sent):
+    monkeypatch.setattr(connection_module, "HEADER_TIMEOUT_S", 0.05)
+
+    async def run():
+        async with serving() as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+            writer.write(sent)
+            async with asyncio.timeout(10):
+                assert await reader.read() == b""
+            writer.close()
+            assert served.counts()['tgi_request_rejected{reason="header_time"}'] == 1
+
+    asyncio.run(run())
+
+
+def test_the_time_for_headers_ends_with_them(serving, monkeypatch, make_engine):
+    monkeypatch.setattr(connection_module, "HEADER_TIMEOUT_S", 0.05)
+
+    async def run():
+        async with serving(make_engine()) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n")
+            await asyncio.sleep(0.2)
+            writer.write(b'{"inputs":"abc"}')
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+
+    asyncio.run(run())
