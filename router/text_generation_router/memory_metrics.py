@@ -8,6 +8,9 @@ class MemoryMetrics:
 
     def __init__(self, registry: Registry) -> None:
         self._queue_size = registry.gauge("tgi_queue_size", "Requests waiting")
+        self._queue_tokens = registry.gauge(
+            "tgi_queue_prompt_tokens", "Prompt tokens of requests that have not run yet"
+        )
         self._batch_size = registry.gauge("tgi_batch_current_size", "Running sequences")
         self._batch_max_tokens = registry.gauge("tgi_batch_current_max_tokens", "Tokens the running batch may grow to")
         self._capacity = registry.gauge("tgi_batch_max_total_tokens", "Tokens the KV memory holds")
@@ -30,9 +33,10 @@ class MemoryMetrics:
         """Tokens that the KV memory holds, known after warm-up."""
         self._capacity.set(max_total_tokens)
 
-    def set_queue_size(self, size: int) -> None:
-        """Sequences waiting."""
+    def set_queue(self, size: int, num_prompt_tokens: int) -> None:
+        """Sequences waiting, and the prompt tokens of those that have not run yet."""
         self._queue_size.set(size)
+        self._queue_tokens.set(num_prompt_tokens)
 
     def set_batch(self, size: int, max_tokens: int) -> None:
         """Running sequences, and the tokens that they may grow to."""

@@ -69,7 +69,7 @@ class StepReport:
     def _report_state(self) -> None:
         scheduler, memory = self._scheduler, self._metrics.memory
         blocks = scheduler.blocks
-        memory.set_queue_size(len(scheduler.waiting))
+        memory.set_queue(len(scheduler.waiting), scheduler.waiting.num_prompt_tokens)
         memory.set_batch(len(scheduler.running), sum(sequence.max_tokens for sequence in scheduler.running))
         memory.set_blocks(blocks.num_held, blocks.num_cached, blocks.num_blocks)
         memory.set_preempted(scheduler.num_preemptions, scheduler.num_recomputed_tokens)

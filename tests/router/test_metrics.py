@@ -38,6 +38,7 @@ CONTRACT = {
     "tgi_request_max_new_tokens": ("histogram", None, [MAX_TOTAL * k / 100 for k in range(1, 101)]),
     "tgi_request_skipped_tokens": ("histogram", None, [0.0]),
     "tgi_queue_size": ("gauge", None, None),
+    "tgi_queue_prompt_tokens": ("gauge", None, None),
     "tgi_batch_current_size": ("gauge", None, None),
     "tgi_batch_current_max_tokens": ("gauge", None, None),
     "tgi_batch_max_total_tokens": ("gauge", None, None),
@@ -219,7 +220,7 @@ def test_buckets_count_what_is_at_most_their_bound():
 
 def test_what_the_engine_reports():
     metrics = make_metrics()
-    metrics.on_scrape(lambda: metrics.memory.set_queue_size(7))
+    metrics.on_scrape(lambda: metrics.memory.set_queue(7, 70))
     steps, memory = metrics.steps, metrics.memory
     times = {"inference_s": 0.25, "device_s": 2, "forward_s": 0.125, "decode_s": 0.5, "filter_s": 0.0625, "mask_s": 0.5}
     steps.started("decode", num_prefill_tokens=0, num_decode_tokens=48)
@@ -256,6 +257,7 @@ def test_what_the_engine_reports():
         ("tgi_batch_concat", {"reason": "chunking"}, 1),
         ("tgi_batch_concat_duration_sum", {"method": "decode"}, 0.5),
         ("tgi_queue_size", {}, 7),
+        ("tgi_queue_prompt_tokens", {}, 70),
         ("tgi_batch_current_size", {}, 4),
         ("tgi_batch_current_max_tokens", {}, 400),
         ("tgi_batch_max_total_tokens", {}, 4096),
