@@ -72,6 +72,9 @@ class RouterConfig:
         "File of API keys, one a line: NAME:DIGEST, the SHA-256 digest of the key in hexadecimal, or NAME:key:KEY. "
         "Names are tenants: they are logged, and tenants share no cached prompts.",
     )
+    log_prompts: bool = flag(
+        False, "Log the text of each prompt, its first 10 000 characters. Default: no client text."
+    )
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")

@@ -41,7 +41,7 @@ class JsonFormatter(logging.Formatter):
                 "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
                 "level": _level_name(record),
                 "message": message,
-                "fields": {"message": message},
+                "fields": {"message": message, **getattr(record, "fields", {})},
                 "target": record.name,
             }
         )

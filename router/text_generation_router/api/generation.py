@@ -7,7 +7,6 @@ from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from aiohttp import web
 
 from text_generation_router.api.context import (
@@ -20,6 +19,7 @@ from text_generation_router.api.context import (
     Context,
 )
 from text_generation_router.api.fields import Fields
+from text_generation_router.api.request_log import Identity, log_end, log_prompt, log_success
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
@@ -126,6 +126,11 @@ class GenerationRequest:
         return self
 
     @property
+    def _identity(self) -> Identity:
+        client_request_id = self.http.get(CLIENT_REQUEST_ID_KEY, "-")
+        return Identity(self.request_id, client_request_id, self._tenant or "-", self.http.path)
+
+    @property
     def streams(self) -> list[TokenStream]:
         """Those of all prompts that were queued."""
         return [generation.stream for generation in self._generations]
@@ -150,8 +155,10 @@ class GenerationRequest:
             self._count_success()
         elif isinstance(error, Exception) and not isinstance(error, CLIENT_LEFT):
             self._metrics.failed(error, self.num_prompts)
+            log_end(self._identity, self.streams, self.received_ns, time.monotonic_ns(), error)
         else:
             self._metrics.client_left(self.num_prompts)
+            log_end(self._identity, self.streams, self.received_ns, time.monotonic_ns(), None)
 
     def _end_trace(self, trace: "RequestTrace", error: BaseException | None) -> None:
         ending = None if self._has_succeeded else self._error or error or ConnectionResetError()
@@ -178,6 +185,8 @@ class GenerationRequest:
         self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
     ) -> ValidRequest:
         """Check and encode one prompt; raises ValidationError."""
+        if self.context.config.log_prompts:
+            log_prompt(self._identity, prompt)
         return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
 
     def submit(self, request: ValidRequest, options: GenerationOptions) -> Generation:
@@ -199,27 +208,13 @@ class GenerationRequest:
         self._metrics.succeeded(self.num_prompts)
         for generation in self._generations:
             self._metrics.generated(generation.timings, generation.stream.num_generated_tokens)
-            self._log_success(generation)
-
-    def _log_success(self, generation: Generation) -> None:
-        stream = generation.stream
-        logger.info(
-            "Success request_id=%s client_request_id=%s tenant=%s route=%s "
-            "input_tokens=%d cached_tokens=%d generated_tokens=%d finish_reason=%s "
-            "total_time_ms=%d validation_time_ms=%d queue_time_ms=%d inference_time_ms=%d time_per_token_ms=%d "
-            "seed=%s parameters=%s",
-            self.request_id,
-            self.http.get(CLIENT_REQUEST_ID_KEY, "-"),
-            self._tenant or "-",
-            self.http.path,
-            stream.num_prompt_tokens,
-            stream.num_cached_tokens,
-            stream.num_generated_tokens,
-            generation.finish_reason,
-            *durations_ms(generation),
-            generation.seed,
-            orjson.dumps(generation.options.given()).decode(),
-        )
+            log_success(
+                self._identity,
+                generation.stream,
+                generation.finish_reason,
+                generation.seed,
+                generation.options.given(),
+            )
 
     def fail(self, error: BaseException) -> None:
         """Remember an error that was sent inside a stream, so that it counts as the request's end."""
