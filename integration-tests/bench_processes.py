@@ -48,8 +48,11 @@ class RouterUnderLoad:
 
 
 @contextlib.contextmanager
-def start_router(config: dict[str, Any], profile: Path | None) -> Iterator[RouterUnderLoad]:
-    """Shard and router, ended with the block; `profile` is where profiled_router.py writes, if it should run."""
+def start_router(config: dict[str, Any], profile: Path | None, is_silent: bool = False) -> Iterator[RouterUnderLoad]:
+    """Shard and router, ended with the block.
+
+    `profile` is where profiled_router.py writes, if it should run; `is_silent`: run silent_router.py instead.
+    """
     with tempfile.TemporaryDirectory(prefix="tg-", dir="/tmp") as name, contextlib.ExitStack() as ends:
         run_folder = Path(name)
         uds_path = str(run_folder / "shard")
@@ -57,6 +60,8 @@ def start_router(config: dict[str, Any], profile: Path | None) -> Iterator[Route
         module = ["-m", "text_generation_router"]
         if profile is not None:
             module = [str(FOLDER / "profiled_router.py"), str(profile)]
+        elif is_silent:
+            module = [str(FOLDER / "silent_router.py")]
         shard = [sys.executable, str(FOLDER / "simulated_shard.py"), uds_path, name]
         router = [sys.executable, *module, "--config-json", json.dumps({**config, **own})]
         ends.enter_context(_running(shard, run_folder / "shard.log"))
