@@ -8,8 +8,8 @@ from collections.abc import Callable
 class Deadlines:
     """Calls `expire` with each sequence's id once its time is over, whether it has ended meanwhile or not.
 
-    As all have the same time, they run out in the order in which they began: one timer is enough, and the ends of
-    sequences need not be told.
+    As all have the same time, they run out in the order in which they were added: one timer is enough, and the ends of
+    sequences need not be told. One that was older when it was added ends late by that at most.
     """
 
     def __init__(self, limit_s: float, expire: Callable[[int], None]) -> None:
