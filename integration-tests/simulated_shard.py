@@ -134,7 +134,7 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
         self._times = times
         self._seed = seed
         self._log = (run_folder / "steps.bin").open("ab", buffering=0)
-        (run_folder / "progress-0").write_bytes(bytes(32))
+        (run_folder / "progress-0").write_bytes(bytes(56))
 
     def Info(self, request: object, context: object) -> shard_pb2.InfoReply:
         return shard_pb2.InfoReply(

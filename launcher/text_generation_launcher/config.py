@@ -50,6 +50,11 @@ class LauncherConfig:
     graceful_termination_timeout: int = flag(
         90, "Seconds that running requests may take to finish after SIGTERM.", short="g"
     )
+    max_shard_restarts: int = flag(
+        3,
+        "How often, within any 10 minutes, the shards are restarted when one dies or is stuck; requests go on after "
+        "that. Once more ends the server. 0: the first time does.",
+    )
     quantize: str | None = flag(None, "Quantise the weights.")
     speculate: int | None = flag(None, "Tokens to guess ahead per step.")
     kv_cache_dtype: str | None = flag(None, "Type of the KV memory.")

@@ -1,15 +1,13 @@
 """The life of one server: resolve the model, start the shards, start the router, watch, stop."""
 
-import dataclasses
+import contextlib
 import http.client
 import json
 import logging
-import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from text_generation_router.config import RouterConfig
 from text_generation_shard.config import ShardConfig
@@ -20,14 +18,16 @@ from text_generation_launcher.errors import ChildDied, LauncherError
 from text_generation_launcher.gpus import choose_num_shards, count_gpus, num_cores, visible_gpus
 from text_generation_launcher.logs import LogWriter
 from text_generation_launcher.model import ResolvedModel, read_answer, tokenizer_folder
-from text_generation_launcher.places import Places, answers, listen_for_shards, private_places
+from text_generation_launcher.places import Places, private_places
 from text_generation_launcher.processes import KILL_GRACE_S, Child, StopRequested, Supervisor
+from text_generation_launcher.router_line import RouterLine
+from text_generation_launcher.shard_group import ShardGroup
 from text_generation_launcher.timeline import Timeline
+from text_generation_launcher.watch import Watch
 
 # HF_TOKEN and its older names.
 _TOKEN_VARIABLES = ("HF_TOKEN", "HF_API_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _API_KEY_VARIABLE = "API_KEY"
-_ROUTER_KILL_GRACE_S = 2.0
 
 log = logging.getLogger("text_generation_launcher")
 
@@ -60,7 +60,6 @@ class Launch:
         self._timeline = timeline
         self._log_level = log_level
         self._commands = commands or Commands()
-        self._router: Child | None = None
 
     def run(self) -> int:
         """Serve until asked to stop (0) or until something fails (1)."""
@@ -81,23 +80,27 @@ class Launch:
 
     def _serve(self, supervisor: Supervisor, places: Places, router_config: RouterConfig, is_cpu: bool) -> None:
         """Start everything, then watch; returns once stopped as asked."""
-        try:
-            self._timeline.end_phase("settings")
-            model = self._resolve_model(supervisor, places)
-            defaults.check_model(router_config, model.config, len(places.sockets))
-            router_config = defaults.fit_step_to_device(router_config, model.config, is_cpu)
-            router_config = self._router_config(model, places, router_config)
-            self._start_shards(supervisor, model, places, is_cpu)
-            self._start_router(supervisor, places, router_config)
-            supervisor.watch()
-        except StopRequested:
-            log.info("Stopping: the router first, for at most %d s", self._config.graceful_termination_timeout)
-            self._stop(supervisor)
-        except ChildDied as death:
-            supervisor.stop(supervisor.children, KILL_GRACE_S)
-            if death.last_lines:
-                log.error("Its last lines:\n%s", "\n".join(death.last_lines))
-            raise
+        with contextlib.closing(RouterLine(supervisor.post)) as line:
+            try:
+                self._timeline.end_phase("settings")
+                model = self._resolve_model(supervisor, places)
+                defaults.check_model(router_config, model.config, len(places.sockets))
+                router_config = defaults.fit_step_to_device(router_config, model.config, is_cpu)
+                group = self._start_shards(supervisor, model, places, is_cpu)
+                router = self._start_router(
+                    supervisor, places, self._router_config(model, places, router_config, line), line
+                )
+                Watch(supervisor, group, router, line, self._config).run()
+            except StopRequested:
+                log.info("Stopping")
+            except ChildDied as death:
+                line.close()  # the router waits for no other shards
+                supervisor.stop(supervisor.children, KILL_GRACE_S)
+                if death.last_lines:
+                    log.error("Its last lines:\n%s", "\n".join(death.last_lines))
+                raise
+        # Shards hold no request any more: a rank stuck in native code must not hold up the end.
+        supervisor.stop(supervisor.children, KILL_GRACE_S)
 
     def _resolve_model(self, supervisor: Supervisor, places: Places) -> ResolvedModel:
         config = self._config
@@ -116,38 +119,19 @@ class Launch:
         log.info("Model %s, revision %s, %d weight files", model.model_id, model.sha, len(model.weight_files))
         return model
 
-    def _start_shards(self, supervisor: Supervisor, model: ResolvedModel, places: Places, is_cpu: bool) -> None:
+    def _start_shards(self, supervisor: Supervisor, model: ResolvedModel, places: Places, is_cpu: bool) -> ShardGroup:
         config = self._shard_config(model, places, is_cpu)
         log.info(
             "Starting shards: %d on %s, sockets %s-*",
             config.world_size, "the CPU" if is_cpu else "GPUs", places.uds_path,
         )  # fmt: skip
-        if config.world_size == 1:
-            self._spawn_shard(supervisor, config)
-        else:
-            with listen_for_shards(config.master_addr, self._config.master_port) as listener:
-                self._spawn_group(supervisor, config, listener)
-        silent = list(places.sockets)
-
-        def all_answer() -> bool:
-            silent[:] = [path for path in silent if not answers(path)]
-            return not silent
-
-        supervisor.wait_until(all_answer, lambda: log.info("Waiting for shard to be ready"))
+        group = ShardGroup(
+            supervisor, places, self._commands.shard, self._child_environment(), config, self._config.master_port
+        )
+        group.start()
+        supervisor.wait_until(group.all_answer, lambda: log.info("Waiting for shard to be ready"))
         self._timeline.end_phase("start shards")
-
-    def _spawn_group(self, supervisor: Supervisor, config: ShardConfig, listener: socket.socket) -> None:
-        """Start the ranks; rank 0 inherits the socket at which all of them meet."""
-        config = dataclasses.replace(config, master_port=listener.getsockname()[1])
-        log.info("The shards meet at %s:%d", config.master_addr, config.master_port)
-        self._spawn_shard(supervisor, dataclasses.replace(config, master_listen_fd=listener.fileno()))
-        for rank in range(1, config.world_size):
-            self._spawn_shard(supervisor, dataclasses.replace(config, rank=rank))
-
-    def _spawn_shard(self, supervisor: Supervisor, config: ShardConfig) -> None:
-        command = [*self._commands.shard, "--config-json", _config_argument(config)]
-        inherited = () if config.master_listen_fd is None else (config.master_listen_fd,)
-        supervisor.spawn(f"shard-{config.rank}", command, self._child_environment(), pass_fds=inherited)
+        return group
 
     def _shard_config(self, model: ResolvedModel, places: Places, is_cpu: bool) -> ShardConfig:
         """The config of rank 0; the others differ by their rank alone."""
@@ -166,25 +150,29 @@ class Launch:
             log_level=self._log_level,
         )
 
-    def _start_router(self, supervisor: Supervisor, places: Places, config: RouterConfig) -> None:
+    def _start_router(self, supervisor: Supervisor, places: Places, config: RouterConfig, line: RouterLine) -> Child:
         environment = self._child_environment()
         if config.api_key is not None:
             # Not on the command line, which every user of the machine can read.
             environment[_API_KEY_VARIABLE] = config.api_key
-        argument = _config_argument(dataclasses.replace(config, api_key=None))
-        self._router = supervisor.spawn("router", [*self._commands.router, "--config-json", argument], environment)
+        command = [*self._commands.router, "--config-json", json.dumps(asdict(replace(config, api_key=None)))]
+        router = supervisor.spawn("router", command, environment, pass_fds=(line.router_descriptor,))
+        line.start()
         ports_file = places.run_folder / "router.json"
         supervisor.wait_until(lambda: _router_serves(ports_file, config.hostname))
         self._timeline.end_phase("start router")
         ports = json.loads(ports_file.read_text())
         log.info("Start-up took %.2f s: %s", self._timeline.total_s, self._timeline)
         log.info("Ready on %s port %d, metrics on port %d", config.hostname, ports["port"], ports["prometheus_port"])
+        return router
 
-    def _router_config(self, model: ResolvedModel, places: Places, config: RouterConfig) -> RouterConfig:
+    def _router_config(
+        self, model: ResolvedModel, places: Places, config: RouterConfig, line: RouterLine
+    ) -> RouterConfig:
         folder = Path(model.model_folder)
         if self._config.tokenizer_config_path is not None:
             folder = tokenizer_folder(folder, Path(self._config.tokenizer_config_path), places.run_folder)
-        return dataclasses.replace(
+        return replace(
             config,
             model_id=model.model_id,
             model_sha=model.sha,
@@ -193,17 +181,11 @@ class Launch:
             shard_uds_path=places.uds_path,
             world_size=len(places.sockets),
             run_folder=str(places.run_folder),
+            launcher_fd=line.router_descriptor,
             graceful_termination_timeout_s=float(self._config.graceful_termination_timeout),
             json_output=True,
             log_level=self._log_level,
         )
-
-    def _stop(self, supervisor: Supervisor) -> None:
-        grace_s = self._config.graceful_termination_timeout + _ROUTER_KILL_GRACE_S
-        if self._router is not None:
-            supervisor.stop([self._router], grace_s)
-        # Shards hold no request any more: a rank stuck in native code must not hold up the end.
-        supervisor.stop(supervisor.children, min(grace_s, KILL_GRACE_S))
 
     def _hub_environment(self) -> dict[str, str]:
         """The environment with the Hub's token under its present name and the cache folder of the flag."""
@@ -220,10 +202,6 @@ class Launch:
         """The environment without secrets."""
         secrets = (*_TOKEN_VARIABLES, _API_KEY_VARIABLE)
         return {name: value for name, value in self._environment.items() if name not in secrets}
-
-
-def _config_argument(config: Any) -> str:
-    return json.dumps(dataclasses.asdict(config))
 
 
 def _router_serves(ports_file: Path, hostname: str) -> bool:

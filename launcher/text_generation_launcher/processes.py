@@ -11,9 +11,11 @@ What a child can rely on, and what it must do:
   and the sockets.
 - Standard output and standard error are the log: one JSON record a line. A child whose output is an answer (`answers`)
   has only standard error for that.
-- SIGTERM means: finish and exit with 0. Whoever exits unasked, with whatever code, ends the server.
+- SIGTERM means: finish and exit with 0. Whoever exits unasked, with whatever code, has died.
+- SIGUSR1 means: write where every thread is to the log, if that can be known (shards).
 """
 
+import contextlib
 import os
 import queue
 import signal
@@ -25,13 +27,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Self
+from typing import IO, NoReturn, Self
 
 from text_generation_launcher.errors import ChildDied
 from text_generation_launcher.logs import LogWriter
+from text_generation_launcher.router_line import LostGroup
 
 LAUNCHER_PID_VARIABLE = "TEXT_GENERATION_LAUNCHER_PID"
 KILL_GRACE_S = 5.0
+_KILL_WAIT_S = 20.0
 _POLL_S = 0.05
 _NUM_LAST_LINES = 20
 _MAX_LINE_BYTES = 1 << 20
@@ -49,6 +53,7 @@ class Child:
         self.process = process
         self.answer = b""
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
+        self._stacks: list[str] | None = None  # lines of them, while they are asked for
         self._writer = writer
         assert process.stdout is not None
         pipes: list[tuple[Callable[[IO[bytes]], None], IO[bytes]]] = [(self._read_log, process.stdout)]
@@ -65,7 +70,9 @@ class Child:
         with pipe:
             while line := pipe.readline(_MAX_LINE_BYTES):
                 text = line.decode("utf-8", "replace").rstrip()
-                if text:
+                if (stacks := self._stacks) is not None and not text.startswith("{"):
+                    stacks.append(text)
+                elif text:
                     self.last_lines += self._writer.write_child_line(self.name, text)
 
     def _read_answer(self, pipe: IO[bytes]) -> None:
@@ -92,6 +99,26 @@ class Child:
         """Send a signal; without effect once the process has ended."""
         self.process.send_signal(number)
 
+    def ask_for_stacks(self) -> None:
+        """Have the process write where its threads are; `take_stacks` a moment later has the text."""
+        self._stacks = []
+        self.send(signal.SIGUSR1)
+
+    def take_stacks(self) -> str:
+        """What the process wrote since it was asked, or why it did not."""
+        stacks, self._stacks = self._stacks, None
+        if stacks:
+            return "\n".join(stacks)
+        return f"no answer: {self.ending() if not self.is_alive else f'the process is {self._state()}'}"
+
+    def _state(self) -> str:
+        """What the kernel says of a process that has not ended."""
+        try:
+            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        except OSError:
+            return "gone"
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("State:"))
+
     def ending(self) -> str:
         """How the process ended, in words."""
         code = self.process.returncode
@@ -105,6 +132,14 @@ class Child:
         return f"was ended by signal {name}{hint}"
 
 
+class StopSignal:
+    """SIGTERM or SIGINT has come."""
+
+
+# What happens to a server: a signal, the end of a child, word from the router.
+Event = StopSignal | Child | LostGroup
+
+
 class Supervisor:
     """Owns the children and the guardian from the first spawn to the last wait.
 
@@ -116,8 +151,8 @@ class Supervisor:
         self._writer = writer
         self._leftovers = leftovers
         self.children: list[Child] = []
-        # SimpleQueue.put is reentrant, so signal handlers may call it. None: a signal; a Child: it has ended.
-        self._events: queue.SimpleQueue[Child | None] = queue.SimpleQueue()
+        # SimpleQueue.put is reentrant, so signal handlers may call it.
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._guardian: subprocess.Popen[bytes] | None = None
         self._old_handlers: dict[signal.Signals, object] = {}
 
@@ -137,7 +172,7 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._kill(self.children)
+        self._kill_and_wait(self.children)
         if self._guardian is not None:
             os.killpg(self._guardian.pid, signal.SIGKILL)  # the children's descendants with it
             self._guardian.wait()
@@ -149,7 +184,18 @@ class Supervisor:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._events.put(None)
+        self._events.put(StopSignal())
+
+    def post(self, event: Event) -> None:
+        """Queue an event; from any thread."""
+        self._events.put(event)
+
+    def next_event(self, timeout_s: float | None) -> Event | None:
+        """The next event; None when there is none for so long."""
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
 
     def spawn(
         self,
@@ -186,7 +232,8 @@ class Supervisor:
         """Return once `is_ready()`; raises ChildDied or StopRequested if that comes first."""
         next_report_s = time.monotonic() + on_wait_every_s
         while not is_ready():
-            self._handle_next_event(_POLL_S)
+            if (event := self.next_event(_POLL_S)) is not None:
+                self._raise_for(event)
             if on_wait is not None and time.monotonic() >= next_report_s:
                 on_wait()
                 next_report_s += on_wait_every_s
@@ -199,10 +246,12 @@ class Supervisor:
         child.read_to_end(timeout_s=10.0)
         return child.answer
 
-    def watch(self) -> None:
-        """Watch the children until one dies (ChildDied) or the user asks to stop (StopRequested)."""
-        while True:
-            self._handle_next_event(None)
+    def kill(self, children: Sequence[Child]) -> None:
+        """End children at once and forget them; their ends are events still."""
+        self._kill_and_wait(children)
+        for child in children:
+            child.close()
+        self.children = [child for child in self.children if child not in children]
 
     def stop(self, children: Sequence[Child], grace_s: float) -> None:
         """End children by SIGTERM, and by SIGKILL after `grace_s` or as soon as another signal arrives."""
@@ -214,31 +263,26 @@ class Supervisor:
             remaining_s = deadline_s - time.monotonic()
             if remaining_s <= 0:
                 break
-            try:
-                event = self._events.get(timeout=remaining_s)
-            except queue.Empty:
-                break
-            if event is None:
-                self._kill(self.children)
-        self._kill(alive)
+            if isinstance(self.next_event(remaining_s), StopSignal):
+                self._kill_and_wait(self.children)
+        self._kill_and_wait(alive)
 
-    def _handle_next_event(self, timeout_s: float | None) -> None:
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return
-        self._raise_for(event)
-
-    def _raise_for(self, event: Child | None) -> None:
-        if event is None:
+    @staticmethod
+    def _raise_for(event: Event) -> NoReturn:
+        if isinstance(event, StopSignal):
             raise StopRequested
+        if isinstance(event, LostGroup):
+            raise ChildDied(f"The shards cannot be used: {event.reason}.", [])
         event.read_to_end()
         raise ChildDied(f"{event.name} {event.ending()}.", list(event.last_lines))
 
     @staticmethod
-    def _kill(children: Sequence[Child]) -> None:
+    def _kill_and_wait(children: Sequence[Child]) -> None:
+        """A process that hangs in the kernel cannot be killed; it is not waited for without end."""
         for child in children:
             if child.is_alive:
                 child.send(signal.SIGKILL)
+        deadline_s = time.monotonic() + _KILL_WAIT_S
         for child in children:
-            child.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline_s - time.monotonic()))

@@ -46,7 +46,7 @@ class StopSignal:
     def _on_signal(self) -> None:
         if self._asked.is_set():
             logger.warning("Second signal: ending at once")
-            os._exit(1)
+            os._exit(0)  # as asked
         self._asked.set()
 
     async def wait(self) -> None:

@@ -18,11 +18,15 @@ class BlockManager:
     """Hands out KV blocks by id; `block_size` tokens fit in each."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
-        assert num_blocks > 0
         assert block_size > 0
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.clear(num_blocks)
+
+    def clear(self, num_blocks: int) -> None:
+        """Begin with `num_blocks` free ones; whatever was held or cached is forgotten."""
+        assert num_blocks > 0
+        self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._num_holders = [0] * num_blocks
         self._hash_of_block: dict[int, bytes] = {}

@@ -98,6 +98,8 @@ class RouterConfig:
     world_size: int = internal(1)
     # Folder that holds each rank's progress file, `progress-<rank>`.
     run_folder: str = internal("")
+    # Inherited socket on which the launcher hears of lost shards and tells of new ones. None: nobody starts new ones.
+    launcher_fd: int | None = internal(None)
     # How long running requests may take to finish after SIGTERM, seconds.
     graceful_termination_timeout_s: float = internal(90.0)
     json_output: bool = internal(False)

@@ -2,13 +2,15 @@
 
 A plan that is due leaves before the tokens of the last result are turned into text, so that the shards never wait for
 the router's output work, which is done in short slices; one with time to spare waits for requests that still arrive
-(`plan_timing.py`).
+(`plan_timing.py`). When the shards are lost, what ran waits for new ones and goes on from the tokens that it has.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
+from functools import partial
 
 from text_generation_router.block_manager import BlockManager
 from text_generation_router.config import RouterConfig
@@ -23,15 +25,16 @@ from text_generation_router.errors import (
     Unhealthy,
 )
 from text_generation_router.garbage import GarbageCollection
-from text_generation_router.limits import Limits, QueueLimits, derive_limits, queue_limits, step_limits
+from text_generation_router.launcher_link import LauncherLink
+from text_generation_router.limits import Limits, QueueLimits, queue_limits, step_limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
 from text_generation_router.publisher import Publisher
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
-from text_generation_router.shard_client import ShardClient, ShardFailure, ShardProcess
-from text_generation_router.shard_progress import ShardProgress
-from text_generation_router.step import PlanInFlight, StepPlan, StepResult
+from text_generation_router.shard_client import ShardFailure, ShardProcess
+from text_generation_router.shard_group import ShardGroup, ShardSupply
+from text_generation_router.step import MAX_PLANS_IN_FLIGHT, PlanInFlight, StepPlan, StepResult
 from text_generation_router.step_report import StepReport
 from text_generation_router.token_stream import Timings, TokenStream
 from text_generation_router.tokenizer import Tokenizer
@@ -39,12 +42,12 @@ from text_generation_router.valid_request import ValidRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_PLANS_IN_FLIGHT = 2
 MAX_RESULTS_BEHIND = 2
 PROBE_INTERVAL_S = 1.0
-PROBE_TIMEOUT_NS = 2_000_000_000
 # A plan leaves at once; a shard that does not read any more must not hold up the end.
 STOP_TIMEOUT_S = 1.0
+# A call to a shard that fails because the shard has died does so before the stream of plans breaks off, or after.
+LOSS_TIMEOUT_S = 1.0
 
 
 class Engine:
@@ -53,8 +56,8 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        shards: ShardClient,
-        progress: ShardProgress,
+        supply: ShardSupply,
+        group: ShardGroup,
         tokenizer: Tokenizer,
         metrics: Metrics,
         limits: Limits,
@@ -62,8 +65,10 @@ class Engine:
     ) -> None:
         self.limits = limits
         self._scheduler = scheduler
-        self._shards = shards
-        self._progress = progress
+        self._supply = supply
+        self._group: ShardGroup | None = group  # None while there are no shards
+        self._loss = asyncio.Event()  # the group is lost
+        self._loss_ended = asyncio.Event()  # there is a group, or there will be none
         self._tokenizer = tokenizer
         self._report = StepReport(metrics, scheduler)
         self._publisher = Publisher(scheduler, self._report)
@@ -86,18 +91,18 @@ class Engine:
         self._is_draining = False
         self._is_stopping = False
         self._is_over = False  # the drain has ended: what is not queued by now never will be
-        self.failed = asyncio.Event()  # the shards are lost, or the loop is: nothing can be served any more
+        self.failed = asyncio.Event()  # the shards are lost for good, or the loop is: nothing can be served any more
         self._loop_task: asyncio.Task[None] | None = None
         self._watch_task: asyncio.Task[None] | None = None
 
     # The requests' side.
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
-        """Queue a request, also while draining. Raises ShuttingDown after that and Unhealthy when a shard is gone.
+        """Queue a request, also while draining or without shards. Raises ShuttingDown and Unhealthy after the end.
 
         Raises QueueFull when too many prompt tokens wait.
         """
-        if self._failure is not None:
+        if self.failed.is_set():
             raise Unhealthy
         if self._is_over:
             raise ShuttingDown
@@ -141,11 +146,23 @@ class Engine:
         return len(self._scheduler.waiting)
 
     async def prepare_grammar(self, text: str) -> str:
-        """Get the shard ready for a grammar; answers "", or why no request can have it. Raises Unhealthy."""
-        try:
-            return await self._shards.prepare_grammar(text)
-        except ShardFailure as failure:
-            raise Unhealthy from failure
+        """Get the shards ready for a grammar; answers "", or why no request can have it.
+
+        Waits while there are no shards. Raises Unhealthy, and ShuttingDown after the end.
+        """
+        while True:
+            await self._loss_ended.wait()
+            group, loss = self._group, self._loss
+            if group is None:
+                raise ShuttingDown if self._is_over else Unhealthy
+            try:
+                return await group.shards.prepare_grammar(text)
+            except ShardFailure as failure:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOSS_TIMEOUT_S):
+                        await loss.wait()
+                if not loss.is_set():
+                    raise Unhealthy from failure
 
     def cancel(self, stream: TokenStream) -> None:
         """End a request whose client is gone; does nothing when it has ended already."""
@@ -160,21 +177,22 @@ class Engine:
         """End what still runs with an error, and refuse whatever comes."""
         self._is_over = True
         self._publisher.end_all(IncompleteGeneration(": the server is shutting down"))
+        self._loss_ended.set()
         self._wakeup.set()
 
     def is_healthy(self) -> bool:
         """Whether every rank answers and makes progress; cheap, and true however busy the server is."""
-        if self._failure is not None or self._is_draining:
+        if self._group is None or self._failure is not None or self._is_draining:
             return False
-        if self._progress.overdue_rank() is not None:
-            return False
-        if self._in_flight and self._in_flight[0].plan.is_empty:
-            return time.monotonic_ns() - self._in_flight[0].sent_ns < PROBE_TIMEOUT_NS
-        return True
+        return self._group.progress.stuck_rank(self._unanswered()) is None
+
+    def is_alive(self) -> bool:
+        """Whether what is accepted will be served: also without shards, as long as new ones may come."""
+        return not self.failed.is_set()
 
     def shard_processes(self) -> list[ShardProcess]:
-        """The processes of the ranks."""
-        return self._shards.processes
+        """The processes of the ranks; none while there are no shards."""
+        return [] if self._group is None else self._group.shards.processes
 
     def unfinished_ids(self) -> list[int]:
         """Sequences that have not ended, by the ids that their streams have."""
@@ -188,7 +206,8 @@ class Engine:
 
     def start(self) -> None:
         """Connect to the shards' Run streams and start the loop."""
-        self._shards.start(self._on_result, self._on_failure)
+        assert self._group is not None
+        self._use(self._group)
         self._loop_task = asyncio.create_task(self._run())
         self._watch_task = asyncio.create_task(self._watch())
 
@@ -201,39 +220,58 @@ class Engine:
         self._is_stopping = True
         self._wakeup.set()
         if self._loop_task is not None and self._watch_task is not None:
-            await asyncio.wait({self._loop_task}, timeout=STOP_TIMEOUT_S)
+            await asyncio.wait({self._loop_task}, timeout=STOP_TIMEOUT_S if self._group is not None else 0.0)
             self._loop_task.cancel()
             self._watch_task.cancel()
             await asyncio.gather(self._loop_task, self._watch_task, return_exceptions=True)
-        await self._shards.close()
+        if self._group is not None:
+            await self._group.shards.close()
+        await self._supply.close()
 
-    def _on_result(self, result: StepResult) -> None:
-        self._results.append((result, time.monotonic_ns()))
-        self._wakeup.set()
+    def _use(self, group: ShardGroup) -> None:
+        self._group, self._failure = group, None
+        self._timing = PlanTiming()
+        self._loss = asyncio.Event()
+        group.shards.start(partial(self._on_result, group), partial(self._on_failure, group))
+        self._loss_ended.set()
 
-    def _on_failure(self, failure: ShardFailure) -> None:
-        if self._failure is None:
+    def _on_result(self, group: ShardGroup, result: StepResult) -> None:
+        if group is self._group:
+            self._results.append((result, time.monotonic_ns()))
+            self._wakeup.set()
+
+    def _on_failure(self, group: ShardGroup, failure: ShardFailure) -> None:
+        if group is self._group and self._failure is None:
             logger.error("%s", failure)
             self._failure = failure
+            self._loss_ended.clear()
+            self._loss.set()
             self._wakeup.set()
 
     async def _run(self) -> None:
-        """The loop and its end."""
+        """Serve with one group of shards after another, and end everything when there is none any more."""
         try:
-            await self._loop()
-            while self._results:  # they came before the failure
-                self._receive()
-        except Exception as error:
+            while not self._is_stopping:
+                await self._loop()
+                while self._results:  # they came before the failure
+                    self._receive()
+                if self._failure is not None:
+                    await self._recover(self._failure)
+        except ShardFailure as failure:
+            logger.error("There are no shards any more: %s", failure)
+        except Exception:
             logger.exception("the engine's loop failed")
-            self._on_failure(ShardFailure(f"the engine's loop failed: {error!r}"))
         finally:
             self._is_draining = True
+            self.failed.set()
+            self._loss_ended.set()
             self._report.abandoned(self._in_flight)
             self._publisher.abandon(GenerationError("a shard failed"))
-            self.failed.set()
 
     async def _loop(self) -> None:
         """Receive, update, schedule, send; publish while there is nothing of that to do."""
+        group = self._group
+        assert group is not None
         try:
             while self._failure is None and not self._is_stopping:
                 if self._results:
@@ -246,18 +284,53 @@ class Engine:
                     self._wakeup.clear()
                 await self._fill_pipeline()
         except ShardFailure as failure:
-            self._on_failure(failure)
+            self._on_failure(group, failure)
+
+    async def _recover(self, failure: ShardFailure) -> None:
+        """Let what ran wait, end what lost the shards twice, and go on with the next group, when there is one."""
+        lost, self._group = self._group, None
+        assert lost is not None
+        if failure.is_stuck:
+            logger.error("What each shard did last:\n%s", lost.progress.describe())
+        self._report.abandoned(self._in_flight)
+        self._in_flight.clear()
+        culprits = self._scheduler.start_over()
+        while self._publisher.has_work:
+            await self._publish_slice()
+        for sequence in culprits:
+            self._publisher.cancel(sequence.sequence_id, GenerationError("the shards were lost twice while it ran"))
+        try:
+            group = await self._supply.next_group(failure, self._scheduler.grammars)
+        finally:
+            await lost.shards.abandon()
+        self._scheduler.blocks.clear(group.num_blocks)
+        self._use(group)
+        logger.info("The shards are back; %d sequences go on or begin", self._scheduler.num_unfinished)
 
     async def _watch(self) -> None:
         """Look now and then whether a shard is stuck; an idle one gets a probe."""
-        while self._failure is None:
+        stuck: tuple[ShardGroup, int] | None = None
+        while True:
             await asyncio.sleep(PROBE_INTERVAL_S)
-            if (rank := self._progress.overdue_rank()) is not None:
-                self._on_failure(ShardFailure(f"shard {rank}: a step ran past its deadline"))
-            elif not self._in_flight:
+            self._garbage.collect_all(is_idle=not self._in_flight)
+            group = self._group
+            if group is None:
+                continue
+            if self._failure is not None:
+                await group.shards.abandon()  # a plan that a stuck shard does not read holds the loop up
+                continue
+            was_stuck, rank = stuck, group.progress.stuck_rank(self._unanswered())
+            stuck = None if rank is None else (group, rank)
+            # Twice in a row, or what was stopped together with this process would count as stuck.
+            if stuck is not None and stuck == was_stuck:
+                self._on_failure(group, ShardFailure(f"shard {rank} makes no progress", is_stuck=True))
+            elif stuck is None and not self._in_flight:
                 self._is_probe_due = True
                 self._wakeup.set()
-            self._garbage.collect_all(is_idle=not self._in_flight)
+
+    def _unanswered(self) -> list[PlanInFlight]:
+        """The plans that the shards owe a result, oldest first."""
+        return list(self._in_flight)[len(self._results) :]
 
     def _receive(self) -> None:
         sent, (result, result_ns) = self._in_flight.popleft(), self._results.popleft()
@@ -302,40 +375,35 @@ class Engine:
         return True
 
     async def _send(self, plan: StepPlan, is_held: bool = False) -> None:
+        assert self._group is not None
         now_ns = time.monotonic_ns()
         self._in_flight.append(PlanInFlight(plan, now_ns, is_held))
         for new in plan.new_sequences:
             if (output := self._publisher.get(new.sequence_id)) is not None:
                 output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)
-        await self._shards.send(plan)
+        await self._group.shards.send(plan)
         self._report.sent(plan)
 
 
 async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics) -> Engine:
-    """Connect to the shards, warm them up, derive the limits and start the engine.
+    """Get the first group of shards ready, derive the limits and start the engine.
 
     Raises ShardFailure when a shard does not answer or the limits do not fit its memory, and InvalidLimits when
     they contradict the model.
     """
-    shards = ShardClient(config.shard_uds_path, config.world_size)
-    info = await shards.info()
+    link = LauncherLink()
+    await link.open(config.launcher_fd)
+    supply = ShardSupply(config, tokenizer, link)
+    group, limits = await supply.first_group()
+    blocks = BlockManager(group.num_blocks, group.info.block_size, config.prefix_caching)
+    scheduler = Scheduler(SchedulerLimits(*step_limits(config, group.info)), blocks, tokenizer.eos_token_ids)
+    metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
+    info = group.info
     metrics.processes.set_model(
         config.model_id, config.model_sha or "", info.dtype, info.device_name, config.world_size
     )
-    max_step_tokens, max_num_sequences = step_limits(config, info)
-    num_blocks = await shards.warm_up(
-        max_step_tokens, max_num_sequences, config.max_total_tokens or 0, config.max_batch_total_tokens or 0
-    )
-    limits = derive_limits(config, info, num_blocks)
-    blocks = BlockManager(num_blocks, info.block_size, config.prefix_caching)
-    scheduler = Scheduler(SchedulerLimits(max_step_tokens, max_num_sequences), blocks, tokenizer.eos_token_ids)
-    metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
-    metrics.memory.set_capacity(num_blocks * info.block_size)
-    tokens = tokenizer.grammar_tokens(info.vocab_size)
-    if tokens is not None and not config.disable_grammar_support:
-        await shards.load_vocabulary(*tokens)
-    progress = ShardProgress(config.run_folder, config.world_size)
-    waiting_limits = queue_limits(config, num_blocks * info.block_size)
-    engine = Engine(scheduler, shards, progress, tokenizer, metrics, limits, waiting_limits)
+    num_tokens = group.num_blocks * info.block_size
+    metrics.memory.set_capacity(num_tokens)
+    engine = Engine(scheduler, supply, group, tokenizer, metrics, limits, queue_limits(config, num_tokens))
     engine.start()
     return engine

@@ -21,6 +21,7 @@ from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
 
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
+MAX_SUSPICIONS = 2  # losses of the shards that one sequence may have caused
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Scheduler:
         self._ended_in_flight: dict[int, Sequence] = {}  # ended, but a result may still say that they failed
         # Keys of prompt blocks that a running sequence will compute: a sequence that could share one waits for it.
         self._to_be_computed: Counter[bytes] = Counter()
+        self._on_trial: Sequence | None = None  # the suspect that joined the batch last
         self._next_sequence_id = 1
         self._last_step = 0
         self._last_step_ended = 0
@@ -102,6 +104,35 @@ class Scheduler:
     def _free_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
+
+    def start_over(self) -> list[Sequence]:
+        """The shards are lost, and all blocks with them: what was in the batch waits to be computed again.
+
+        Answers the sequences, not ended yet, that may have caused two losses. All that ran are suspects at first. They
+        return one at a time, so that a second loss tells which of them it was.
+        """
+        batch = [s for s in self._by_id.values() if s.state in (SequenceState.RUNNING, SequenceState.DRAINING)]
+        suspects = [sequence for sequence in batch if sequence.is_suspect] or batch
+        for sequence in suspects:
+            sequence.num_suspicions += 1
+        for sequence in batch:
+            sequence.note_loss()
+            self.waiting.add(sequence)
+        for sequence in self._by_id.values():
+            sequence.step_last_planned = 0
+            sequence.awaited_key = None
+        self.running.clear()
+        self.blocks.clear(self.blocks.num_blocks)
+        self._removed.clear()
+        self._ended_in_flight.clear()
+        self._to_be_computed.clear()
+        self._on_trial = None
+        self._last_step = self._last_step_ended = 0
+        return [sequence for sequence in suspects if sequence.num_suspicions >= MAX_SUSPICIONS]
+
+    def grammars(self) -> set[str]:
+        """The grammars of the sequences that have not ended."""
+        return {sequence.request.grammar for sequence in self._by_id.values()} - {""}
 
     @property
     def num_unfinished(self) -> int:
@@ -202,7 +233,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def _admit(self, plan: StepPlan) -> None:
-        if plan.num_preempted or len(self.running) >= self.limits.max_num_sequences:
+        if plan.num_preempted or len(self.running) >= self.limits.max_num_sequences or self._has_trial():
             return
         for sequence in self.waiting:
             if len(self.running) >= self.limits.max_num_sequences or self._budget(plan) <= 0:
@@ -217,6 +248,18 @@ class Scheduler:
             if not self._fits(sequence, hits):
                 return
             self._join_batch(sequence, hits, plan)
+            if sequence.is_suspect:
+                self._on_trial = sequence
+                return
+
+    def _has_trial(self) -> bool:
+        """Whether a suspect is in the batch, which nobody joins meanwhile."""
+        on_trial = self._on_trial
+        return (
+            on_trial is not None
+            and on_trial.is_suspect
+            and on_trial.state in (SequenceState.RUNNING, SequenceState.DRAINING)
+        )
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks a waiting sequence can share; sets `awaited_key` if the next one is about to be computed.
@@ -258,7 +301,7 @@ class Scheduler:
         sequence.num_computed_tokens = num_hit_tokens
         sequence.num_joined_tokens = len(sequence.token_ids)
         sequence.num_registered_blocks = len(hits)
-        if sequence.num_preemptions:
+        if sequence.num_preemptions or sequence.num_restarts:
             self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_hit_tokens)
         else:
             sequence.num_cached_tokens = num_hit_tokens

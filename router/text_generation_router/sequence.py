@@ -2,6 +2,7 @@
 
 from enum import Enum, auto
 
+from text_generation_router.step import MAX_PLANS_IN_FLIGHT
 from text_generation_router.valid_request import ValidRequest
 
 
@@ -35,6 +36,9 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_restarts",
+        "num_suspicions",
+        "num_unsafe_tokens",
         "request",
         "sequence_id",
         "state",
@@ -55,7 +59,10 @@ class Sequence:
         self.num_joined_tokens = 0  # tokens known when it joined the batch; beyond them it decodes
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.num_preemptions = 0
-        self.num_lost_tokens = 0  # computed when it was preempted last
+        self.num_lost_tokens = 0  # computed when it lost its blocks last
+        self.num_restarts = 0  # times that it ran when the shards were lost
+        self.num_suspicions = 0  # those of them that it may have caused
+        self.num_unsafe_tokens = 0  # as long as it has no more, its next step may be the one that lost the shards
         self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
         self.step_last_planned = 0
         self.awaited_key: bytes | None = None  # prefix-cache key of a block it waits for another to compute
@@ -66,6 +73,22 @@ class Sequence:
     def num_wanted_tokens(self) -> int:
         """Tokens, known or about to be, that no plan computes yet: the one rule of scheduling."""
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it has not yet got past the steps that were in flight when the shards were lost."""
+        return len(self.token_ids) < self.num_unsafe_tokens
+
+    def note_loss(self) -> None:
+        """The shards were lost while it was in the batch: nothing of it is computed any more."""
+        self.state = SequenceState.WAITING
+        self.num_restarts += 1
+        self.num_unsafe_tokens = len(self.token_ids) + MAX_PLANS_IN_FLIGHT
+        self.num_lost_tokens = self.num_computed_tokens
+        self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.num_registered_blocks = 0
+        self.block_table = []
 
     @property
     def is_prefilling(self) -> bool:

@@ -24,7 +24,11 @@ LAST_RESULTS_TIMEOUT_S = 1.0
 
 
 class ShardFailure(Exception):
-    """A rank is gone, or ended its stream."""
+    """A rank is gone, or ended its stream, or makes no progress (`is_stuck`)."""
+
+    def __init__(self, reason: str, is_stuck: bool = False) -> None:
+        super().__init__(reason)
+        self.is_stuck = is_stuck
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,20 @@ class ShardClient:
         [reply] = await self._ask_all([self._stubs[0].Grammar(pb.GrammarRequest(grammar=text))])
         return str(reply.error)
 
-    @staticmethod
-    async def _ask_all(calls: list[Any]) -> list[Any]:
+    async def _ask_all(self, calls: list[Any]) -> list[Any]:
         try:
             return list(await asyncio.gather(*calls))
         except grpc.aio.AioRpcError as error:
             raise ShardFailure(error.details() or error.code().name) from None
+        except asyncio.CancelledError:
+            self._raise_if_closing()
+            raise
+
+    def _raise_if_closing(self) -> None:
+        """Tell a call that was cancelled because the connection was closed from a task that was cancelled."""
+        task = asyncio.current_task()
+        if self._is_closing and (task is None or not task.cancelling()):
+            raise ShardFailure("the connection was closed") from None
 
     def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[ShardFailure], None]) -> None:
         """Open the Run stream of every rank; results and the first failure are handed to the callbacks."""
@@ -225,8 +237,11 @@ class ShardClient:
         try:
             for stream in self._streams:
                 await stream.write(packed)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise ShardFailure(f"a plan could not be sent: {error}") from None
+        except asyncio.CancelledError:
+            self._raise_if_closing()
+            raise
 
     async def close(self) -> None:
         """Say that no plan follows, let the shards answer what they have, and end the connections.
@@ -240,6 +255,11 @@ class ShardClient:
                     for stream in self._streams:
                         await stream.done_writing()
                     await asyncio.gather(*self._readers)
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """End the connections to shards that are lost; nothing that they still send counts."""
+        self._is_closing = True
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from text_generation_router.valid_request import SamplingParameters
 
+# One runs while the next one waits.
+MAX_PLANS_IN_FLIGHT = 2
+
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:

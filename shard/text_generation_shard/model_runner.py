@@ -17,7 +17,7 @@ from text_generation_shard.execution import Execution, RunningStep, StepOutput
 from text_generation_shard.grammar_masks import GrammarMasks, StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches, KvLayout, allocate_kv_caches
-from text_generation_shard.progress import ProgressFile
+from text_generation_shard.progress import Operation, ProgressFile
 from text_generation_shard.step import StepPlan, StepResult
 from text_generation_shard.step_inputs import BatchLimits, StepInputs
 from text_generation_shard.token_scores import select_rows
@@ -121,7 +121,7 @@ class ModelRunner:
     def _run_worst_case(self, limits: BatchLimits) -> None:
         started = time.perf_counter_ns()
         run_worst_case(self._execution, limits, self.layout, self._device)
-        self._progress.note_worst_case(time.perf_counter_ns() - started)
+        self._progress.note_worst_case(time.perf_counter_ns() - started, compiles_kernels=self._device.type == "cuda")
 
     def _batch_limits(self, limits: WarmUpLimits, num_blocks: int) -> BatchLimits:
         longest = limits.max_sequence_length or self.info.max_position_embeddings
@@ -159,6 +159,7 @@ class ModelRunner:
             self._progress.start(plan.step, inputs.num_tokens, int(inputs.sequence_lengths.sum(dtype=np.int64)))
             sequence_ids = batch.sequence_ids[inputs.sampling_rows]
             masks = self._masks.of_step(sequence_ids) if self._masks is not None else None
+            self._progress.enter(Operation.FORWARD_PASS)
             running = self._execution.launch(inputs, batch, masks)
             batch.advance(inputs)
             self._has_garbage = True
@@ -183,6 +184,7 @@ class ModelRunner:
     def choose_tokens(self) -> None:
         """Let the last launched step sample, if it waits for masks: the tokens before it must be known by now."""
         if self._last_launched is not None and self._last_launched.running is not None:
+            self._progress.enter(Operation.CHOICE_OF_TOKENS)
             self._last_launched.running.choose_tokens()
 
     def finish(self, step: StepInFlight) -> StepResult:
@@ -197,6 +199,7 @@ class ModelRunner:
         assert step.sequence_ids is not None
         if step is self._last_launched:
             self.choose_tokens()
+        self._progress.enter(Operation.DEVICE)
         output = step.running.wait()
         is_told = self._batch.settle(step.inputs, step.sequence_ids, output.token_ids, output.is_valid)
         self._progress.end()

@@ -108,7 +108,7 @@ class FakeEngine:
         self.log: list[ValidRequest] = []
         self.left: list[TokenStream] = []
         self.is_draining = self.is_over = False
-        self.healthy = True
+        self.healthy = self.alive = True
         self._running: dict[int, tuple[TokenStream, asyncio.Task[None]]] = {}
 
     def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
@@ -153,6 +153,9 @@ class FakeEngine:
 
     def is_healthy(self) -> bool:
         return self.healthy and not self.is_draining
+
+    def is_alive(self) -> bool:
+        return self.alive
 
     def start_drain(self) -> None:
         self.is_draining = True

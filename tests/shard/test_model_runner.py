@@ -147,7 +147,7 @@ def test_progress_shows_steps_and_a_lost_device(tmp_path: Path) -> None:
     runner.warm_up(LIMITS)
 
     def words() -> tuple[int, ...]:
-        return struct.unpack("<4Q", (tmp_path / "progress-0").read_bytes())
+        return struct.unpack("<4Q", (tmp_path / "progress-0").read_bytes()[:32])
 
     runner.run_step(plan(1, {1: [5]}, {1: 1}))
     step, started, _, ended = words()

@@ -11,7 +11,7 @@ SECOND = 10**9
 
 
 def read(path: Path) -> tuple[int, int, int, int]:
-    return struct.unpack("<QQQQ", path.read_bytes())
+    return struct.unpack("<7Q", path.read_bytes())[:4]
 
 
 def test_a_step_shows_while_it_runs_and_after(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ class Engine(Protocol):
     def is_healthy(self) -> bool:
         """Whether the shards make progress."""
 
+    def is_alive(self) -> bool:
+        """Whether what is accepted will be served."""
+
     def start_drain(self) -> None:
         """Be unhealthy from now on; admitted requests are still served."""
 

@@ -194,6 +194,14 @@ ROUTES: tuple[Route, ...] = (
     _open("/", service.health, "Whether requests can be served: an empty 200, else 503.", {}),
     _open("/health", service.health, "The same.", {}),
     _open("/ping", service.health, "The same.", {}),
+    _open("/health/ready", service.health, "The same, for Kubernetes' readiness probe.", {}),
+    _open(
+        "/health/live",
+        service.live,
+        "Whether the server should go on, for Kubernetes' liveness probe: 200 also while shards restart and while it "
+        "drains.",
+        {},
+    ),
     _open("/info", service.info, "The model and the limits.", {JSON: reference("Info")}),
     _open("/v1/models", service.models, "The one model.", {JSON: reference("ModelList")}),
     _open("/metrics", service.metrics, "Metrics for Prometheus.", {TEXT: {"type": "string"}}),

@@ -10,8 +10,15 @@ from text_generation_router.exposition import CONTENT_TYPE
 
 
 async def health(request: web.Request) -> web.Response:
-    """GET /health, /ping and /: whether requests can be served. Reads a flag, so it never waits for work."""
+    """GET /health, /health/ready, /ping and /: whether requests can be served now. It never waits for work."""
     if not request.app[CONTEXT_KEY].engine.is_healthy():
+        raise Unhealthy
+    return web.Response()
+
+
+async def live(request: web.Request) -> web.Response:
+    """GET /health/live: whether it makes sense to let the server go on; also while shards restart or it drains."""
+    if not request.app[CONTEXT_KEY].engine.is_alive():
         raise Unhealthy
     return web.Response()
 
