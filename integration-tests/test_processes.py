@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ GONE_WITHIN_S = 5.0
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest, launch: Any, tiny_model: Path) -> Iterator[Server]:
-    """A server that the test itself ends; of one shard, or as many as the test says."""
-    num_shards = getattr(request, "param", 1)
-    with launch("--model-id", str(tiny_model), "--num-shard", str(num_shards), "--json-output") as server:
+    """A server that the test itself ends; of one shard, or as many as the test says, which are not restarted."""
+    flags = ("--num-shard", str(getattr(request, "param", 1)), "--max-shard-restarts", "0", "--json-output")
+    with launch("--model-id", str(tiny_model), *flags) as server:
         server.wait_ready()
         yield server
 
@@ -50,6 +51,30 @@ def test_a_killed_child_ends_everything(server: Server, package: str, name: str)
     assert '"level": "ERROR"' in last_line
     assert name in last_line
     assert "SIGKILL" in last_line
+
+
+@pytest.mark.parametrize(("number", "num_shards"), [(signal.SIGKILL, 3), (signal.SIGSTOP, 1)])
+def test_a_stream_outlives_its_shards(launch: Any, tiny_model: Path, number: signal.Signals, num_shards: int) -> None:
+    with launch("--model-id", str(tiny_model), "--dtype", "float32", "--num-shard", str(num_shards)) as server:
+        server.wait_ready()
+        expected = server.generate(BODY["inputs"], **BODY["parameters"])["details"]["tokens"]
+        shards = server.children(SHARD)
+        with server.stream("/generate_stream", BODY) as lines:
+            next(lines)
+            shards[-1].send_signal(number)
+            server.wait_for(lambda: server.get("/health/ready").status == 503, "notice that the shard is lost", 10.0)
+            assert server.get("/health/live").status == 200
+            events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+        assert [event["token"]["id"] for event in events] == [token["id"] for token in expected][1:]
+        assert server.get("/health/ready").status == 200
+        log = server.log()
+        assert not any(shard.is_running() for shard in shards)
+        if number == signal.SIGSTOP:
+            assert "last operation" in log
+            assert "stopped" in log
+        else:
+            assert f"shard-{num_shards - 1} was ended by signal SIGKILL" in log
+        server.stop()
 
 
 def test_sigterm_lets_the_running_stream_finish(server: Server) -> None:

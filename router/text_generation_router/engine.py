@@ -73,6 +73,7 @@ class Engine:
         self._report = StepReport(metrics, scheduler)
         self._publisher = Publisher(scheduler, self._report)
         self._tokens = metrics.tokens
+        self._processes = metrics.processes
         metrics.on_scrape(self._report_tokens)
         self._queue_limits = waiting_limits
         self._queue_deadlines = self._deadlines = None
@@ -230,7 +231,7 @@ class Engine:
 
     def _use(self, group: ShardGroup) -> None:
         self._group, self._failure = group, None
-        self._timing = PlanTiming()
+        self._timing, self._due = PlanTiming(), None
         self._loss = asyncio.Event()
         group.shards.start(partial(self._on_result, group), partial(self._on_failure, group))
         self._loss_ended.set()
@@ -305,6 +306,7 @@ class Engine:
             await lost.shards.abandon()
         self._scheduler.blocks.clear(group.num_blocks)
         self._use(group)
+        self._processes.shards_restarted()
         logger.info("The shards are back; %d sequences go on or begin", self._scheduler.num_unfinished)
 
     async def _watch(self) -> None:

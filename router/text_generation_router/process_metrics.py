@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from text_generation_router.exposition import Gauge, Registry, label
+from text_generation_router.exposition import Counter, Gauge, Registry, label
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class ProcessMetrics:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._gauges: dict[tuple[str, str], Gauge] = {}
+        self._restarts = registry.add("tgi_shard_restarts", "Times that the shards were replaced", Counter())
+
+    def shards_restarted(self) -> None:
+        """New shards have taken the place of lost ones."""
+        self._restarts.add()
 
     def _set(self, name: str, help_text: str, labels: str, value: float) -> None:
         gauge = self._gauges.get((name, labels))

@@ -65,6 +65,7 @@ def shard() -> None:
     behaviour = os.environ.get("FAKE_SHARD", "")
     stuck = behaviour == "stuck"
     on_terminate(name, 0.0, ignore=stuck)
+    signal.signal(signal.SIGUSR1, lambda *_: print(f"stack of {name}", flush=True))
     if not stuck:
         from text_generation_shard.parent_watch import watch_parent
 
@@ -75,7 +76,8 @@ def shard() -> None:
     if config["master_listen_fd"] is not None:
         with socket.socket(fileno=config["master_listen_fd"]) as meeting:
             tell(name, f"listens:{meeting.getsockname()[1]}")
-    if behaviour == "die-at-start":
+    has_run = Path(f"{config['uds_path']}-{config['rank']}.run")
+    if behaviour == "die-at-start" or (behaviour == "start-once" and has_run.exists()):
         for number in range(30):
             print(f"native line {number}", flush=True)
         say("ERROR", "cannot load the weights")
@@ -87,6 +89,7 @@ def shard() -> None:
             time.sleep(3600)
     if behaviour == "never-ready":
         wait_forever()
+    has_run.touch()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{config['uds_path']}-{config['rank']}")
     listener.listen()
@@ -102,10 +105,25 @@ class Health(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def read_line(line: socket.socket, ends_when_told: bool) -> None:
+    for message in line.makefile("rb"):
+        tell("router", f"told:{json.loads(message)['generation']}")
+        if ends_when_told:
+            os._exit(0)
+    tell("router", "line-closed")
+
+
 def router() -> None:
     config = config_argument()
     behaviour = os.environ.get("FAKE_ROUTER", "")
-    on_terminate("router", float(os.environ.get("FAKE_DRAIN_S", "0")), ignore=behaviour == "stuck")
+    drain = os.environ.get("FAKE_DRAIN_S", "0")
+    waits = drain == "until told"
+    on_terminate("router", 3600.0 if waits else float(drain), ignore=behaviour == "stuck")
+    line = socket.socket(fileno=config["launcher_fd"])
+    threading.Thread(target=read_line, args=(line, waits), daemon=True).start()
+    for number, is_stuck in ((signal.SIGUSR1, True), (signal.SIGUSR2, False)):
+        lost = json.dumps({"lost": 1, "reason": "a reason", "is_stuck": is_stuck}).encode() + b"\n"
+        signal.signal(number, lambda *_, lost=lost: line.sendall(lost))
     from text_generation_router.parent_watch import watch_parent
 
     watch_parent(config["run_folder"])

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from text_generation_launcher.logs import LogWriter
 from text_generation_launcher.processes import Supervisor
+from text_generation_launcher.shard_group import RestartBudget
 
 ROOT = Path(__file__).parents[2]
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
 DEADLINE_S = 30.0
+SHARDS = ("shard-0", "shard-1", "shard-2")
 
 
 def eventually(condition: Callable[[], object], what: str) -> None:
@@ -144,7 +146,7 @@ def test_a_signal_during_start_up_stops_what_runs(start: Callable[..., Server]) 
 
 @pytest.mark.parametrize("victim", ["shard-0", "shard-1", "router"])
 def test_the_death_of_one_child_ends_all_with_code_1(start: Callable[..., Server], victim: str) -> None:
-    server = start("--num-shard", "3")
+    server = start("--num-shard", "3", "--max-shard-restarts", "0")
     server.wait_ready()
     os.kill(server.pids()[victim], signal.SIGKILL)
     assert server.wait() == 1
@@ -155,12 +157,79 @@ def test_the_death_of_one_child_ends_all_with_code_1(start: Callable[..., Server
 
 
 def test_an_unasked_exit_with_code_0_is_a_death_too(start: Callable[..., Server]) -> None:
-    server = start()
+    server = start("--max-shard-restarts", "0")
     server.wait_ready()
     os.kill(server.pids()["shard-0"], signal.SIGTERM)
     assert server.wait() == 1
     assert "shard-0 ended with exit code 0" in server.log.splitlines()[-1]
     server.assert_nothing_left()
+
+
+def test_a_dead_shard_is_replaced_with_its_group(start: Callable[..., Server]) -> None:
+    server = start("--num-shard", "3", "--max-shard-restarts", "2")
+    server.wait_ready()
+    for generation in (2, 3):
+        before = server.pids()
+        os.kill(before["shard-1"], signal.SIGKILL)
+        eventually(lambda g=generation: f"router told:{g}" in server.events, "the router hears of the next group")
+        after = server.pids()
+        assert all(after[name] != before[name] and not is_running(before[name]) for name in SHARDS)
+        assert all(is_running(pid) for pid in after.values())
+        assert after["router"] == before["router"]
+    assert "shard-1 was ended by signal SIGKILL" in server.log
+    os.kill(server.pids()["shard-2"], signal.SIGKILL)
+    assert server.wait() == 1
+    assert "router line-closed" in server.events
+    last = server.log.splitlines()[-1]
+    assert "shard-2 was ended by signal SIGKILL" in last
+    assert "restarted 2 times within 10 minutes" in last
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_shards_that_the_router_gives_up_are_replaced(start: Callable[..., Server], is_stuck: bool) -> None:
+    server = start("--num-shard", "3")
+    server.wait_ready()
+    before = server.pids()
+    os.kill(before["shard-2"], signal.SIGSTOP)
+    os.kill(before["router"], signal.SIGUSR1 if is_stuck else signal.SIGUSR2)  # it says that the shards are lost
+    eventually(lambda: "router told:2" in server.events, "the router hears of the next group")
+    assert all(not is_running(before[name]) for name in SHARDS)
+    assert ("stack of shard-0" in server.log) == is_stuck
+    assert ("shard-2:\nno answer: the process is T" in server.log) == is_stuck
+    assert "a reason" in server.log
+    server.process.terminate()
+    assert server.wait() == 0
+    server.assert_nothing_left()
+
+
+def test_shards_are_replaced_while_the_router_drains(start: Callable[..., Server]) -> None:
+    server = start("--num-shard", "3", FAKE_DRAIN_S="until told")
+    server.wait_ready()
+    server.process.terminate()
+    eventually(lambda: "router sigterm" in server.events, "the router is told")
+    os.kill(server.pids()["shard-0"], signal.SIGKILL)
+    assert server.wait() == 0
+    assert "router told:2" in server.events
+    server.assert_nothing_left()
+
+
+def test_shards_that_do_not_come_back_end_it(start: Callable[..., Server]) -> None:
+    server = start("--max-shard-restarts", "2", FAKE_SHARD="start-once")
+    server.wait_ready()
+    os.kill(server.pids()["shard-0"], signal.SIGKILL)
+    assert server.wait() == 1
+    assert "shard-0 ended with exit code 7. The shards were restarted 2 times" in server.log.splitlines()[-1]
+    assert "cannot load the weights" in server.log
+    server.assert_nothing_left()
+
+
+def test_restarts_count_within_ten_minutes() -> None:
+    budget = RestartBudget(2)
+    assert [budget.take(now_s) for now_s in (0.0, 10.0, 599.0, 600.0, 601.0, 610.0)] == [
+        True, True, False, True, False, True,
+    ]  # fmt: skip
+    assert not RestartBudget(0).take(0.0)
 
 
 def test_a_shard_that_fails_at_start_shows_its_last_lines(start: Callable[..., Server]) -> None:

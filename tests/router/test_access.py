@@ -12,6 +12,8 @@ from text_generation_router.api.routes import ROUTES
 OPEN = {
     ("GET", "/"),
     ("GET", "/health"),
+    ("GET", "/health/live"),
+    ("GET", "/health/ready"),
     ("GET", "/ping"),
     ("GET", "/info"),
     ("GET", "/metrics"),

@@ -16,7 +16,7 @@ GENERATE = {"inputs": "abc"}
 def test_service_routes(serving):
     async def run():
         async with serving(served_model_name="short", docker_label="tag") as served:
-            for path in ("/", "/health", "/ping"):
+            for path in ("/", "/health", "/ping", "/health/ready"):
                 async with served.client.get(path) as response:
                     assert response.status == 200
                     assert await response.read() == b""
@@ -41,10 +41,40 @@ def test_service_routes(serving):
                     "docker_label": "tag",
                 }
             served.engine.healthy = False
-            for path in ("/", "/health", "/ping"):
+            for path in ("/", "/health", "/ping", "/health/ready"):
                 async with served.client.get(path) as response:
                     assert response.status == 503
                     assert await response.json() == {"error": "unhealthy", "error_type": "healthcheck"}
+            async with served.client.get("/health/live") as response:
+                assert (response.status, await response.read()) == (200, b"")
+            served.engine.alive = False
+            async with served.client.get("/health/live") as response:
+                assert response.status == 503
+
+    asyncio.run(run())
+
+
+def test_probes_answer_whatever_else_waits(serving, make_engine, until):
+    """All permits taken, no turn left, every prompt waiting to be encoded; probes count nowhere."""
+
+    async def run():
+        async with serving(make_engine(is_hanging=True), max_concurrent_requests=2) as served:
+            encoding = asyncio.Event()
+
+            async def encode(*arguments, **options):
+                await encoding.wait()
+
+            served.context.tokenizer.encode = encode
+            asked = [asyncio.create_task(served.client.post("/generate", json=GENERATE)) for _ in range(2)]
+            await until(lambda: served.context.permits.num_taken == 2)
+            before = served.counts()
+            for path in ("/health", "/health/ready", "/health/live"):
+                async with served.client.get(path) as response:
+                    assert response.status == 200
+            assert served.counts() == before
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     asyncio.run(run())
 
@@ -64,7 +94,7 @@ def test_metrics_on_both_ports(serving):
     asyncio.run(run())
 
 
-OPEN = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models"]
+OPEN = ["/", "/health", "/health/ready", "/health/live", "/ping", "/info", "/metrics", "/v1/models"]
 CLOSED = [
     ("POST", "/"),
     ("POST", "/generate"),

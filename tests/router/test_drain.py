@@ -30,8 +30,9 @@ def test_draining(serving, make_engine, until):
             await until(lambda: len(served.engine.log) == 2)
             stopping = asyncio.create_task(served.server.stop())
             await until(lambda: served.engine.is_draining)
-            async with served.client.get("/health") as response:
-                assert response.status == 503
+            for path, status in (("/health", 503), ("/health/ready", 503), ("/health/live", 200)):
+                async with served.client.get(path) as response:
+                    assert response.status == status
             for path in ("/generate", "/generate_stream"):
                 async with served.client.post(path, json=GENERATE) as response:
                     assert response.status == 503

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +14,9 @@ from text_generation_router.errors import GenerationError, IncompleteGeneration,
 from text_generation_router.limits import Limits
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
-from text_generation_router.shard_client import ShardFailure
-from text_generation_router.step import StepPlan, StepResult
+from text_generation_router.shard_client import ShardFailure, ShardInfo
+from text_generation_router.shard_group import ShardGroup
+from text_generation_router.step import PlanInFlight, StepPlan, StepResult
 from text_generation_router.token_stream import FinishReason, Timings, TokenStream
 from text_generation_router.tokenizer import Tokenizer
 from text_generation_router.valid_request import ValidRequest
@@ -29,7 +30,9 @@ class FakeShards:
     def __init__(self, script: dict[bytes, bytes], fail_at_step: int = 0) -> None:
         self.script = script
         self.fail_at_step = fail_at_step
-        self.is_frozen = False
+        self.is_frozen = self.is_lost = False
+        self.progress = FakeProgress()
+        self.grammars: list[str] = []
         self.rows: dict[int, list[int]] = {}
         self.num_prompt: dict[int, int] = {}
         self.left: dict[int, int] = {}
@@ -64,34 +67,81 @@ class FakeShards:
         tokens.append(text[index] if index < len(text) else EOS)
         return tokens[-1]
 
+    async def prepare_grammar(self, text: str) -> str:
+        if self.is_lost:
+            raise ShardFailure("gone")
+        self.grammars.append(text)
+        return ""
+
+    async def close(self) -> None:
+        pass
+
+    async def abandon(self) -> None:
+        self.is_lost = True
+
+
+class FakeProgress:
+    """A rank is stuck as soon as one is named, or when a plan has no answer for a twentieth of a second."""
+
+    def __init__(self) -> None:
+        self.rank: int | None = None
+
+    def stuck_rank(self, in_flight: Sequence[PlanInFlight]) -> int | None:
+        is_silent = bool(in_flight) and time.monotonic_ns() - in_flight[0].sent_ns > 50_000_000
+        return 0 if is_silent else self.rank
+
+    def describe(self) -> str:
+        return "shard 0: somewhere"
+
+
+class FakeSupply:
+    """The groups that follow the first one; `losses` has the reasons for asking."""
+
+    def __init__(self, *groups: ShardGroup) -> None:
+        self.groups = list(groups)
+        self.losses: list[ShardFailure] = []
+        self.may_come = asyncio.Event()
+        self.may_come.set()
+
+    async def next_group(self, lost: ShardFailure, grammars: Callable[[], Iterable[str]]) -> ShardGroup:
+        self.losses.append(lost)
+        await self.may_come.wait()
+        if not self.groups:
+            raise lost
+        group = self.groups.pop(0)
+        for grammar in grammars():
+            await group.shards.prepare_grammar(grammar)
+        return group
+
     async def close(self) -> None:
         pass
 
 
-class FakeProgress:
-    def __init__(self) -> None:
-        self.rank: int | None = None
-
-    def overdue_rank(self) -> int | None:
-        return self.rank
+def as_group(shards: FakeShards, num_blocks: int = 64) -> ShardGroup:
+    return ShardGroup(shards, shards.progress, ShardInfo("cpu", "float32", 257, 256, 4), num_blocks)
 
 
 def run_with_engine(
-    tokenizer: Tokenizer, shards: FakeShards, body: Callable[[Engine, Metrics], Coroutine[Any, Any, None]]
+    tokenizer: Tokenizer,
+    shards: FakeShards,
+    body: Callable[[Engine, Metrics], Coroutine[Any, Any, None]],
+    *later: FakeShards,
 ) -> None:
     async def main() -> None:
         blocks = BlockManager(64, 4)
         scheduler = Scheduler(SchedulerLimits(16, 8), blocks, tokenizer.eos_token_ids)
         metrics = Metrics()
         metrics.set_limits(100, 100)
-        engine = Engine(scheduler, shards, FakeProgress(), tokenizer, metrics, Limits(200, 256, 257, "cpu"))
+        supply = FakeSupply(*map(as_group, later))
+        engine = Engine(scheduler, supply, as_group(shards), tokenizer, metrics, Limits(200, 256, 257, "cpu"))
         engine.start()
         try:
             async with asyncio.timeout(20):
                 await body(engine, metrics)
         finally:
             await engine.stop()
-        if not shards.is_frozen and not shards.fail_at_step:
+        last = [shards, *later][-1]
+        if not last.is_frozen and not last.fail_at_step:
             scheduler.check_idle()
 
     asyncio.run(main())
@@ -303,7 +353,6 @@ def test_what_is_left_after_the_drain_gets_a_typed_error(tokenizer):
 
 def test_an_idle_engine_probes_the_shards_and_notices_silence(tokenizer, monkeypatch):
     monkeypatch.setattr(engine_module, "PROBE_INTERVAL_S", 0.01)
-    monkeypatch.setattr(engine_module, "PROBE_TIMEOUT_NS", 50_000_000)
     shards = FakeShards({})
 
     async def body(engine: Engine, metrics: Metrics) -> None:
@@ -323,7 +372,109 @@ def test_an_idle_engine_probes_the_shards_and_notices_silence(tokenizer, monkeyp
 def test_a_step_past_its_deadline_is_unhealthy(tokenizer):
     async def body(engine: Engine, metrics: Metrics) -> None:
         assert engine.is_healthy()
-        engine._progress.rank = 0
+        shards.progress.rank = 0
         assert not engine.is_healthy()
+        assert engine.is_alive()
 
-    run_with_engine(tokenizer, FakeShards({}), body)
+    shards = FakeShards({})
+    run_with_engine(tokenizer, shards, body)
+
+
+def test_streams_go_on_with_the_next_shards(tokenizer):
+    script = {f"prompt {i} ".encode() * (i + 1): f"answer {i} ✓ 日本, at some length".encode() for i in range(6)}
+    first, second = FakeShards(script, fail_at_step=25), FakeShards(script)
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = [engine.submit(request(prompt), Timings()) for prompt in script]
+        for (text, ids), expected in zip(await asyncio.gather(*map(read_all, streams)), script.values(), strict=True):
+            assert (text, ids) == (expected.decode(), [*expected, EOS])
+        assert engine.is_healthy()
+        assert "\ntgi_shard_restarts 1\n" in metrics.text()
+        assert "\ntgi_tokens_residual 0\n" in metrics.text()
+
+    run_with_engine(tokenizer, first, body, second)
+    assert first.is_lost
+    assert [plan.step for plan in second.plans] == list(range(1, len(second.plans) + 1))
+    known = {
+        new.sequence_id: (len(new.token_ids), new.num_prompt_tokens) for p in second.plans for new in p.new_sequences
+    }
+    assert len(known) == 6
+    assert any(num_known > num_prompt for num_known, num_prompt in known.values())
+
+
+def test_requests_wait_while_there_are_no_shards(tokenizer, until):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        supply = engine._supply
+        supply.may_come.clear()
+        running = engine.submit(request(b"p"), Timings())
+        left = engine.submit(request(b"p"), Timings())
+        await until(lambda: supply.losses)
+        assert (engine.is_healthy(), engine.is_alive()) == (False, True)
+        waiting = engine.submit(request(b"q", grammar="made ready again"), Timings())
+        grammar = asyncio.create_task(engine.prepare_grammar("new"))
+        engine.cancel(left)
+        await asyncio.sleep(0.01)
+        assert not grammar.done()
+        supply.may_come.set()
+        assert [text for text, _ in await asyncio.gather(read_all(running), read_all(waiting))] == ["x" * 40, "yes"]
+        assert await grammar == ""
+
+    script = {b"p": b"x" * 40, b"q": b"yes"}
+    second = FakeShards(script)
+    run_with_engine(tokenizer, FakeShards(script, fail_at_step=5), body, second)
+    assert second.grammars == ["made ready again", "new"]
+
+
+def test_a_request_that_loses_its_shards_twice_fails_alone(tokenizer):
+    class Poisoned(FakeShards):
+        """Dies of the token that follows "bad"."""
+
+        def next_token(self, sequence_id: int) -> int:
+            if self.rows[sequence_id][-3:] == [*b"bad"]:
+                self.on_failure(ShardFailure("shard 0: gone"))
+            return super().next_token(sequence_id)
+
+    script = {bytes([97 + i]): f"the text of {i}, which is long enough".encode() for i in range(7)}
+    script |= {b"p": b"not all bad, but", b"z": b"what comes later"}
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = {prompt: engine.submit(request(prompt), Timings()) for prompt in script}
+        results = await asyncio.gather(*map(read_all, streams.values()), return_exceptions=True)
+        texts = dict(zip(streams, results, strict=True))
+        assert isinstance(texts.pop(b"p"), GenerationError)
+        assert texts == {p: (t.decode(), [*t, EOS]) for p, t in script.items() if p != b"p"}
+        assert len(engine._supply.losses) == 2
+
+    run_with_engine(tokenizer, Poisoned(script), body, Poisoned(script), Poisoned(script))
+
+
+def test_stuck_shards_are_given_up(tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "PROBE_INTERVAL_S", 0.01)
+    first = FakeShards({b"p": b"x" * 40})
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        stream = engine.submit(request(b"p"), Timings())
+        await stream.read()
+        first.is_frozen = True
+        text, _ = await read_all(stream)
+        assert text.endswith("x")
+        assert [loss.is_stuck for loss in engine._supply.losses] == [True]
+
+    run_with_engine(tokenizer, first, body, FakeShards({b"p": b"x" * 40}))
+
+
+def test_the_end_comes_without_shards_too(tokenizer, until):
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        engine._supply.may_come.clear()
+        stream = engine.submit(request(b"p"), Timings())
+        await until(lambda: engine._supply.losses)
+        grammar = asyncio.create_task(engine.prepare_grammar("new"))
+        await asyncio.sleep(0)
+        engine.start_drain()
+        engine.end_all()
+        with pytest.raises(IncompleteGeneration):
+            await read_all(stream)
+        with pytest.raises(ShuttingDown):
+            await grammar
+
+    run_with_engine(tokenizer, FakeShards({b"p": b"x" * 40}, fail_at_step=5), body)
