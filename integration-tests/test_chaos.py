@@ -268,6 +268,9 @@ def _check_counters(
     assert grown("tgi_request_success") + sum(failures.values()) == endings.total()
     assert failures["validation"] == endings["error validation"]
     assert failures["generation"] == endings["error generation"]
+    assert (
+        after["tgi_request_residual",] == after["tgi_tokens_residual",] == after["tgi_sequences_without_reader",] == 0
+    )
     # Who leaves at the very end may be too late to be noticed.
     assert failures["dropped"] <= endings["left"]
     assert grown("tgi_request_success") >= endings["success"]
