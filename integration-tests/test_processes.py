@@ -55,11 +55,12 @@ def test_a_killed_child_ends_everything(server: Server, package: str, name: str)
 
 @pytest.mark.parametrize(("number", "num_shards"), [(signal.SIGKILL, 3), (signal.SIGSTOP, 1)])
 def test_a_stream_outlives_its_shards(launch: Any, tiny_model: Path, number: signal.Signals, num_shards: int) -> None:
+    body = {**BODY, "parameters": {**BODY["parameters"], "max_new_tokens": 200}}
     with launch("--model-id", str(tiny_model), "--dtype", "float32", "--num-shard", str(num_shards)) as server:
         server.wait_ready()
-        expected = server.generate(BODY["inputs"], **BODY["parameters"])["details"]["tokens"]
+        expected = server.generate(body["inputs"], **body["parameters"])["details"]["tokens"]
         shards = server.children(SHARD)
-        with server.stream("/generate_stream", BODY) as lines:
+        with server.stream("/generate_stream", body) as lines:
             next(lines)
             shards[-1].send_signal(number)
             server.wait_for(lambda: server.get("/health/ready").status == 503, "notice that the shard is lost", 10.0)
