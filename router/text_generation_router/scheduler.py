@@ -301,7 +301,7 @@ class Scheduler:
         sequence.num_computed_tokens = num_hit_tokens
         sequence.num_joined_tokens = len(sequence.token_ids)
         sequence.num_registered_blocks = len(hits)
-        if sequence.num_preemptions or sequence.num_restarts:
+        if sequence.has_had_turn:
             self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_hit_tokens)
         else:
             sequence.num_cached_tokens = num_hit_tokens

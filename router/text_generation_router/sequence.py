@@ -75,6 +75,11 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
+    def has_had_turn(self) -> bool:
+        """Whether it was in the batch before: preempted, or restarted with the shards."""
+        return self.num_preemptions > 0 or self.num_restarts > 0
+
+    @property
     def is_suspect(self) -> bool:
         """Whether it has not yet got past the steps that were in flight when the shards were lost."""
         return len(self.token_ids) < self.num_unsafe_tokens

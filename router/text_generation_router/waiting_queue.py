@@ -34,10 +34,10 @@ class _Line:
 
 
 class WaitingQueue:
-    """Fresh sequences stand in their tenant's line; preempted ones, which have had their turn, go before all lines."""
+    """Fresh sequences stand in their tenant's line; those that were in the batch before go ahead of all lines."""
 
     def __init__(self) -> None:
-        self._preempted: list[Sequence] = []  # by arrival
+        self._returned: list[Sequence] = []  # by arrival
         self._lines: dict[str, _Line] = {}
         self._num_fresh = 0
         self._num_prompt_tokens = 0
@@ -45,11 +45,11 @@ class WaitingQueue:
         self._expected_tokens = _FIRST_EXPECTED_TOKENS
 
     def __len__(self) -> int:
-        return len(self._preempted) + self._num_fresh
+        return len(self._returned) + self._num_fresh
 
     def __iter__(self) -> Iterator[Sequence]:
         """First to last, over copies, so that the loop may take out what it visits."""
-        yield from self._preempted.copy()
+        yield from self._returned.copy()
         heap = [
             (line.virtual_time, line.sequences[0].arrival, 0, line.sequences.copy())
             for line in self._lines.values()
@@ -92,8 +92,8 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence in its place."""
-        if sequence.num_preemptions:
-            insort(self._preempted, sequence, key=_arrival)
+        if sequence.has_had_turn:
+            insort(self._returned, sequence, key=_arrival)
             return
         line = self._lines.get(sequence.request.tenant)
         if line is None:
@@ -116,7 +116,7 @@ class WaitingQueue:
 
     def join(self, sequence: Sequence) -> None:
         """Take out a sequence that joins the batch: its tenant has had this turn."""
-        if not sequence.num_preemptions:
+        if not sequence.has_had_turn:
             line = self._lines[sequence.request.tenant]
             self._virtual_time = max(self._virtual_time, line.virtual_time)
             line.virtual_time += self._cost(sequence)
@@ -124,10 +124,10 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
-        if sequence.num_preemptions:
-            index = bisect_left(self._preempted, sequence.arrival, key=_arrival)
-            assert self._preempted[index] is sequence
-            del self._preempted[index]
+        if sequence.has_had_turn:
+            index = bisect_left(self._returned, sequence.arrival, key=_arrival)
+            assert self._returned[index] is sequence
+            del self._returned[index]
             return
         line = self._lines[sequence.request.tenant]
         index = bisect_left(line.sequences, _rank(sequence), key=_rank)
