@@ -74,7 +74,8 @@ async def serve(config: RouterConfig) -> None:
         resources.callback(processes.stop)
         processes.start()
         tracing = _tracing(config)
-        context = Context(config, engine, tokenizer, chat_template, metrics, grammars, tracing)
+        live = None if config.disable_ui else engine.live
+        context = Context(config, engine, tokenizer, chat_template, metrics, grammars, tracing, live)
         server = Server(context, listener, metrics_listener)
         await server.start()
         if grammars is not None:

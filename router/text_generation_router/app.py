@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from aiohttp import web
@@ -22,6 +23,7 @@ from text_generation_router.api.middleware import (
     require_api_key,
 )
 from text_generation_router.api.routes import ROUTES, Route
+from text_generation_router.live import LiveHistory
 from text_generation_router.ranges import request_ranges
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,13 @@ def build_app(context: Context) -> web.Application:
     app[CONTEXT_KEY] = context
     keys = ApiKeys.read(config.api_key, config.api_keys_file)
     ranges = request_ranges(config, context.engine.limits)
-    app[DOCUMENT_KEY] = build_document(ROUTES, ranges, context.version, has_keys=keys is not None)
-    _add(app, [route for route in ROUTES if route.is_open])
+    routes = [route for route in ROUTES if not (route.is_live_page and context.live is None)]
+    app[DOCUMENT_KEY] = build_document(routes, ranges, context.version, has_keys=keys is not None)
+    _add(app, [route for route in routes if route.is_open])
     open_routes: set[web.AbstractRoute] = set(app.router.routes())  # HEAD comes with GET
-    _add(app, [route for route in ROUTES if not route.is_open])
+    _add(app, [route for route in routes if not route.is_open])
+    if context.live is not None:
+        app.cleanup_ctx.append(_sampling(context.live))
     app.middlewares.append(identify)
     app.middlewares.append(answer_preflight)
     if keys is not None:
@@ -49,6 +54,14 @@ def build_app(context: Context) -> web.Application:
     app.middlewares.append(answer_errors)
     app.on_response_prepare.append(answer_headers(config.cors_allow_origin))
     return app
+
+
+def _sampling(live: LiveHistory) -> Callable[[web.Application], AsyncIterator[None]]:
+    async def run(app: web.Application) -> AsyncIterator[None]:
+        async with live.sampling():
+            yield
+
+    return run
 
 
 def _add(app: web.Application, routes: list[Route]) -> None:

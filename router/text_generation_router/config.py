@@ -78,6 +78,7 @@ class RouterConfig:
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")
+    disable_ui: bool = flag(False, "Leave out the live page at /ui.")
     otlp_endpoint: str | None = flag(
         None, "Collector that traces are sent to, by OTLP over gRPC: http://HOST:PORT. Default: no traces."
     )

@@ -27,6 +27,7 @@ from text_generation_router.errors import (
 from text_generation_router.garbage import GarbageCollection
 from text_generation_router.launcher_link import LauncherLink
 from text_generation_router.limits import Limits, QueueLimits, queue_limits, step_limits
+from text_generation_router.live import LiveHistory
 from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
@@ -72,6 +73,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._report = StepReport(metrics, scheduler)
         self._publisher = Publisher(scheduler, self._report)
+        self.live = LiveHistory(metrics, scheduler)
         self._tokens = metrics.tokens
         self._processes = metrics.processes
         metrics.on_scrape(self._report_tokens)
@@ -338,6 +340,7 @@ class Engine:
         sent, (result, result_ns) = self._in_flight.popleft(), self._results.popleft()
         self._report.received(result)
         self._timing.ended(sent, result, result_ns)
+        self.live.note_step(sent, result_ns)
         self._publisher.put(sent, result, result_ns, self._scheduler.update(result))
 
     async def _publish_slice(self) -> None:

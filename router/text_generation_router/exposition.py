@@ -80,6 +80,16 @@ class Histogram:
         self._counts = [0] * (len(self._bounds) + 1)
         self._bucket_prefixes = None
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """Observations so far in each bucket alone, the last one above all bounds; a copy."""
+        return self._counts.copy()
+
+    @property
+    def sum(self) -> float:
+        """All observed values together."""
+        return self._sum
+
     def observe(self, value: float, count: int = 1) -> None:
         """Count `value`, `count` times."""
         self._counts[bisect_left(self._bounds, value)] += count

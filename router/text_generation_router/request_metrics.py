@@ -1,5 +1,7 @@
 """What is counted of requests, told by the HTTP side: how they came, ended and were refused, and their durations."""
 
+from collections.abc import Sequence
+
 from text_generation_router.errors import REJECTIONS, RouterError
 from text_generation_router.exposition import Registry
 from text_generation_router.token_stream import Timings
@@ -39,6 +41,11 @@ class RequestMetrics:
         self._generated_tokens = registry.sizes("tgi_request_generated_tokens", "Tokens generated", [])
         self._input_length = registry.sizes("tgi_request_input_length", "Prompt tokens", [])
         self._max_new_tokens = registry.sizes("tgi_request_max_new_tokens", "Most tokens a request may generate", [])
+
+    @property
+    def first_token_counts(self) -> Sequence[int]:
+        """Requests so far by the bucket of their time to first token."""
+        return self._time_to_first_token.counts
 
     def set_limits(self, max_input_tokens: int, max_total_tokens: int) -> None:
         """Fit the buckets of token counts to the limits, once these are known."""

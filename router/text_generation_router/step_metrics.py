@@ -47,6 +47,11 @@ class StepMetrics:
             for kind in METHODS
         }
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens that steps so far compute."""
+        return int(self._scheduled_tokens["prefill"].sum)
+
     def started(self, method: str, num_prefill_tokens: int, num_decode_tokens: int) -> None:
         """A step was sent to the shards; `method` is prefill or decode."""
         self._count[method].add()

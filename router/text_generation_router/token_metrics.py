@@ -1,5 +1,7 @@
 """The books of generated tokens: each one that was sampled is streamed, held by the router, or dropped."""
 
+from collections.abc import Sequence
+
 from text_generation_router.exposition import Registry
 
 HOLDERS = ("results", "streams")
@@ -30,6 +32,16 @@ class TokenMetrics:
         self._inter_token = registry.duration(
             "tgi_request_inter_token_duration", "Between two tokens of one request, seconds"
         )
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens answered so far."""
+        return self._sampled.value
+
+    @property
+    def next_token_counts(self) -> Sequence[int]:
+        """Tokens so far by the bucket of their distance to the one before."""
+        return self._inter_token.counts
 
     def sampled(self, count: int) -> None:
         """A result with so many tokens has come."""

@@ -13,12 +13,15 @@ import openai
 import pytest
 from text_generation_router.api.context import Context
 from text_generation_router.app import Server, bind
+from text_generation_router.block_manager import BlockManager
 from text_generation_router.config import RouterConfig
 from text_generation_router.conversation import Conversation
 from text_generation_router.errors import IncompleteGeneration, RouterError, ShuttingDown, TemplateError
 from text_generation_router.grammar import Grammar
+from text_generation_router.live import LiveHistory
 from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
+from text_generation_router.scheduler import Scheduler, SchedulerLimits
 from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
 from text_generation_router.tokenizer import Tokenizer, TokenSpan
@@ -191,7 +194,12 @@ async def _serving(engine: FakeEngine | None = None, **config: object) -> AsyncI
     settings = RouterConfig(**({"model_id": "org/model", "graceful_termination_timeout_s": 1.0} | config))
     metrics = Metrics()
     metrics.set_limits(engine.limits.max_input_tokens, engine.limits.max_total_tokens)
-    context = Context(settings, engine, FakeTokenizer(), FakeChatTemplate(), metrics, FakeGrammars(), version="4.0.0")
+    live = LiveHistory(metrics, Scheduler(SchedulerLimits(8, 8), BlockManager(64, 4), frozenset()))
+    context = Context(
+        *(settings, engine, FakeTokenizer(), FakeChatTemplate(), metrics, FakeGrammars()),
+        live=None if settings.disable_ui else live,
+        version="4.0.0",
+    )
     listeners = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
     url, metrics_url = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners)
     server = Server(context, *listeners)

@@ -20,6 +20,7 @@ OPEN = {
     ("GET", "/v1/models"),
     ("GET", "/docs"),
     ("GET", "/api-doc/openapi.json"),
+    ("GET", "/ui"),  # ours: a page without data, that asks for the key
     ("POST", "/chat_tokenize"),
 }
 VERBS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND")

@@ -12,6 +12,7 @@ from text_generation_router.api.permits import Permits
 from text_generation_router.api.turns import Turns
 from text_generation_router.config import RouterConfig
 from text_generation_router.conversation import Conversation
+from text_generation_router.live import LiveHistory
 from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
 from text_generation_router.token_stream import Timings, TokenStream
@@ -107,6 +108,7 @@ class Context:
     metrics: Metrics
     grammars: GrammarCompiler | None = None  # None where no grammar can be followed
     tracing: "Tracing | None" = None
+    live: LiveHistory | None = None  # None where the live page is left out
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from aiohttp.typedefs import Handler
 
-from text_generation_router.api import service
+from text_generation_router.api import live_page, service
 from text_generation_router.api.answer_schemas import reference
 from text_generation_router.api.chat import chat_completions
 from text_generation_router.api.chat_schema import CHAT_BODY
@@ -40,6 +40,7 @@ class Route:
     # Bodies that the demo model answers well.
     examples: tuple[dict[str, Any], ...] = ()
     is_offered: bool = True
+    is_live_page: bool = False  # missing with --disable-ui
 
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -208,6 +209,25 @@ ROUTES: tuple[Route, ...] = (
     _open("/docs", service.docs, "This reference as a page.", {HTML: {"type": "string"}}),
     _open(
         "/api-doc/openapi.json", service.openapi, "This reference as an OpenAPI document.", {JSON: {"type": "object"}}
+    ),
+    Route(
+        "GET",
+        "/ui",
+        live_page.page,
+        "The live page: how the server stands, its last steps, and a chat. Without data, which is at /ui/state.",
+        {HTML: {"type": "string"}},
+        is_open=True,
+        is_generating=False,
+        is_live_page=True,
+    ),
+    Route(
+        "GET",
+        "/ui/state",
+        live_page.state,
+        "The live page's data: a sample a second of the last five minutes, and the last steps. May change at any time.",
+        {JSON: {"type": "object"}},
+        is_generating=False,
+        is_live_page=True,
     ),
     Route("POST", "/v1/responses", service.not_offered, "Not offered: 501.", {}, is_offered=False),
     Route("POST", "/v1/embeddings", service.not_offered, "Not offered: 501.", {}, is_offered=False),
