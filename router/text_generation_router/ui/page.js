@@ -265,7 +265,7 @@ function drawSteps() {
   const busy_ms = steps.reduce((sum, one) => sum + one.end_ms - one.start_ms, 0);
   const last = steps[steps.length - 1];
   $("steps-text").textContent = `${steps.length} steps, ${duration(busy_ms / steps.length / 1000)} on average; ` +
-    `the last one ${last.ago_ms === undefined ? duration((state.now_ms - last.end_ms) / 1000) + " ago" : ""}`;
+    `the last one ${duration((state.now_ms - last.end_ms) / 1000)} ago`;
   context.fillStyle = color("--muted");
   context.textAlign = "left";
   context.fillText("tokens of a step; widths are durations, pauses are cut short", LEFT, STEPS_HEIGHT - 4);
