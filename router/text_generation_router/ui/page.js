@@ -39,7 +39,7 @@ const CHARTS = [
   { title: "Sequences", format: count, isStacked: true, floor: 4,
     series: [["running", column("running")], ["waiting", column("waiting")]] },
   { title: "KV memory", format: percent, isStacked: true, top: 1,
-    series: [["in use", share("used_blocks")], ["kept for later prompts", share("cached_blocks")]] },
+    series: [["in use", share("used_blocks")], ["kept", share("cached_blocks")]] },
   { title: "Tokens a second", format: count, floor: 10,
     series: [["generated", column("generated_per_s")], ["prompt", column("prompt_per_s")]] },
   { title: "Time to first token", format: duration, floor: 0.01,
@@ -49,8 +49,8 @@ const CHARTS = [
 ];
 
 const TILES = [
-  ["Running", (s) => count(column("running")(s)), () => "sequences in the batch"],
-  ["Waiting", (s) => count(column("waiting")(s)), () => "sequences in the queue"],
+  ["Running", (s) => count(column("running")(s)), () => "in the batch"],
+  ["Waiting", (s) => count(column("waiting")(s)), () => "in the queue"],
   ["KV memory", (s) => percent(share("used_blocks")(s)),
     () => "of " + count(state.num_blocks * state.block_size) + " tokens"],
   ["Generated", (s) => count(column("generated_per_s")(s)), () => "tokens a second"],
@@ -127,7 +127,10 @@ class Chart {
       (state.max_samples - 1);
     const y = (value) => TOP + (CHART_HEIGHT - TOP - BOTTOM) * (1 - value / top);
     this.drawGrid(context, width, top, y);
-    for (let index = rows.length - 1; index >= 0; index--) this.drawSeries(context, rows[index], index, y);
+    const zero = rows[0].map(() => 0);
+    for (let index = rows.length - 1; index >= 0; index--) {
+      this.drawSeries(context, rows[index], kind.isStacked && index ? rows[index - 1] : zero, index, y);
+    }
     if (this.hovered !== null) {
       context.fillStyle = color("--muted");
       context.fillRect(this.x(this.hovered), TOP, 1, CHART_HEIGHT - TOP - BOTTOM);
@@ -155,7 +158,8 @@ class Chart {
     }
   }
 
-  drawSeries(context, row, index, y) {
+  // The line of a row, and the area between it and the row below.
+  drawSeries(context, row, below, index, y) {
     const ink = color(index ? "--second" : "--first");
     context.strokeStyle = context.fillStyle = ink;
     context.lineWidth = 1.5;
@@ -165,8 +169,7 @@ class Chart {
       for (let at = start; at < end; at++) line.lineTo(this.x(at), y(row[at]));
       if (end - start === 1) line.lineTo(this.x(start) + 2, y(row[start]));
       context.stroke(line);
-      line.lineTo(this.x(end - 1), y(0));
-      line.lineTo(this.x(start), y(0));
+      for (let at = end - 1; at >= start; at--) line.lineTo(this.x(at), y(below[at]));
       context.globalAlpha = this.kind.isStacked ? 0.28 : index ? 0.04 : 0.1;
       context.fill(line);
       context.globalAlpha = 1;
@@ -250,7 +253,7 @@ function drawSteps() {
     context.fillRect(LEFT, Math.round(base - height(most * part)), width - LEFT - RIGHT, 1);
     context.fillStyle = color("--muted");
     context.textAlign = "right";
-    context.fillText(count(most * part), LEFT - 6, base - height(most * part) + 4);
+    context.fillText(count(Math.round(most * part)), LEFT - 6, base - height(most * part) + 4);
   }
   for (const one of steps) {
     const left = x(one.from), wide = Math.max(1, x(one.to) - left - (x(one.to) - left > 3 ? 1 : 0));
