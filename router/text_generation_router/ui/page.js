@@ -150,7 +150,8 @@ class Chart {
       context.fillText(part ? this.kind.format(top * part) : "0", LEFT - 6, y(top * part) + 4);
     }
     const minutes = Math.round(state.max_samples * state.interval_s / 60);
-    for (let minute = 0; minute <= minutes; minute++) {
+    const stride = width < 380 ? 2 : 1;  // or they would cover each other
+    for (let minute = minutes % stride; minute <= minutes; minute += stride) {
       const at = state.samples.length - 1 - (minutes - minute) * 60 / state.interval_s;
       context.textAlign = minute === minutes ? "right" : minute ? "center" : "left";
       const text = minute === minutes ? "now" : `−${minutes - minute} min`;
