@@ -28,7 +28,7 @@ REQUEST_TIMEOUT_S = 180.0
 _LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
 _READY = re.compile(r"Ready on \S+ port (\d+), metrics on port (\d+)")
 # All that a child needs of the environment; the rest could hold flags.
-_PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+_PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
