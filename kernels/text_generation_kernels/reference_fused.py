@@ -42,6 +42,31 @@ def gelu_and_mul(x: torch.Tensor, approximate: str) -> torch.Tensor:
     return F.gelu(gate, approximate=approximate) * up
 
 
-def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    bias: torch.Tensor | None,  # [N]
+    factor: torch.Tensor | None = None,  # [M, 1]
+) -> torch.Tensor:
+    """x times the transposed weight, each row times its factor, plus the bias."""
+    if factor is None:
+        return F.linear(x, weight, bias)
+    product = (F.linear(x, weight) * factor).to(x.dtype)
+    return product if bias is None else product + bias
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
     """The MLP's first half: weight holds the gate's rows, then those of the values it scales."""  # [M, N / 2]
-    return silu_and_mul(F.linear(x, weight))
+    return silu_and_mul(linear(x, weight, None, factor))
+
+
+def linear_add_norm(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [N, K]
+    bias: torch.Tensor | None,  # [N]
+    residual: torch.Tensor,  # [M, N]
+    norm_weight: torch.Tensor,  # [N]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of product and residual: times the norm's weight, its rows' sums of squares [M, 1], and itself."""
+    total = F.linear(x, weight, bias) + residual
+    return total * norm_weight, total.float().square().sum(1, keepdim=True), total

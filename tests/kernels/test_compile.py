@@ -122,22 +122,24 @@ def token_cases(data: str) -> list[CompiledKernel]:
 
 
 def skinny_cases(data: str) -> list[CompiledKernel]:
-    """The products of a decode step of Llama-3.1-8B."""
+    """The products of a decode step of Llama-3.1-8B: into queries, keys and values; the MLP's; out of it; the head."""
     types = dict.fromkeys(("x", "weight", "output"), data) | {"num_rows": "i32", "x_stride": "i32"}
+    types |= {"residual_stride": "i32", "eps": "fp32"}
+    normed, plain = {"row_sums": "*fp32"}, {"bias": data}
+    adding = {"bias": data, "residual": data, "norm_weight": data, "scaled": data, "square_sums": "*fp32"}
     cases = []
-    products = ((6144, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False))
-    for (width, depth, is_gated), rows in itertools.product(products, (16, 32, 64)):
+    products = ((6144, 4096, normed | plain), (28672, 4096, normed), (4096, 14336, adding), (128256, 4096, {}))
+    for (width, depth, added), rows in itertools.product(products, (16, 32, 64)):
+        is_gated = width == 28672
         output = width // 2 if is_gated else width
         operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", settings_shape(rows, output))
-        added = {} if is_gated else {"bias": data}
-        constants: dict[str, object] = {"WIDTH": output, "DEPTH": depth, "ROWS": rows}
-        constants |= {"IS_GATED": is_gated, "WIDEN": False}
-        constants |= {} if added else {"bias": None}
+        constants: dict[str, object] = {"WIDTH": output, "DEPTH": depth, "ROWS": rows, "SUMS_BLOCK": 32}
+        constants |= {"NUM_SUMS": 128 if "row_sums" in added else 0, "IS_GATED": is_gated, "WIDEN": False}
+        constants |= dict.fromkeys(name for name in (*normed, *adding) if name not in added)
         cases.append(
             CompiledKernel(
-                skinny_matmul.skinny_matmul_kernel, operation, types | added, constants,
-                unaligned=("num_rows",), name=f"{rows} x {depth} x {width}",
-                is_slow=rows != 32 or width in (6144, 128256),
+                skinny_matmul.skinny_matmul_kernel, operation, types | added, constants, unaligned=("num_rows",),
+                name=f"{rows} x {depth} x {width}", is_slow=rows != 32 or width in (6144, 128256),
             )
         )  # fmt: skip
     return cases

@@ -3,6 +3,7 @@
 import torch
 from text_generation_kernels.paged_attention import paged_attention
 from text_generation_kernels.rotary_kv_write import rotary_kv_write
+from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
 from text_generation_shard.forward_context import get_forward_context
@@ -34,8 +35,10 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps, partition) if config.has_qk_norm else None
         self.rotary = rotary
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Write this step's keys and values, attend to all of the sequence's."""  # [T, hidden] -> [T, hidden]
+    def forward(
+        self, x: torch.Tensor | ScaledRows, positions: torch.Tensor, residual: torch.Tensor, next_norm: RMSNorm
+    ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
+        """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum."""
         context = get_forward_context()
         key_cache, value_cache = context.kv_caches[self.layer]
         query_norm, key_norm = (None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm))
@@ -47,7 +50,7 @@ class Attention(nn.Module):
             query, key_cache, value_cache, context.attention, self.scale, self.sliding_window,
             workspace=context.workspaces.get(self.sliding_window),
         )  # fmt: skip
-        return self.output(output.flatten(1))  # type: ignore[no-any-return]
+        return self.output.add_norm(output.flatten(1), residual, next_norm)
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""

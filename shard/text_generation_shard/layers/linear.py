@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
 from text_generation_shard import distributed
+from text_generation_shard.layers.norm import RMSNorm
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
 from text_generation_shard.layers.product_weight import ProductWeight
 
@@ -24,7 +26,7 @@ class ColumnParallelLinear(nn.Module):
         self.product = ProductWeight(self.weight, partition.form)
         self.bias = partition.parameter(sum(self.shares)) if has_bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | ScaledRows) -> torch.Tensor:
         """This rank's outputs of all packed matrices, one after another."""  # [T, input] -> [T, sum(shares)]
         return self.product.linear(x, self.bias)
 
@@ -60,6 +62,17 @@ class RowParallelLinear(nn.Module):
             return self.product.linear(x, self.bias)
         output = distributed.all_reduce(self.product.linear(x))
         return output if self.bias is None else output + self.bias
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
+        """The norm of output plus residual, and their sum.
+
+        Few rows of bfloat16 leave the norm's division to the next product; float16 could not hold what is divided.
+        """
+        if self.partition.world_size == 1 and x.dtype == torch.bfloat16 and self.product.is_skinny(x):
+            return self.product.linear_add_norm(x, self.bias, residual, norm.weight, norm.eps)
+        return norm.add(self(x), residual)
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint matrix `name` (without `.weight`)."""

@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from text_generation_kernels.gated_activation import silu_and_mul
 from text_generation_kernels.int4_linear import GroupedWeight, Int4Weight, int4_linear, pack_int4
 from text_generation_kernels.packed_linear import can_pack, pack, packed_linear
-from text_generation_kernels.skinny_matmul import is_skinny, skinny_gated_linear, skinny_linear
+from text_generation_kernels.skinny_matmul import (
+    ScaledRows,
+    is_skinny,
+    skinny_gated_linear,
+    skinny_linear,
+    skinny_linear_add_norm,
+)
 from torch import nn
 
 from text_generation_shard.layers.partition import CheckpointTensor, QuantisedTensor, WeightForm
@@ -35,23 +41,40 @@ class ProductWeight:
         self._int4: Int4Weight | None = None
         self._max_int4_rows = 0
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, x: torch.Tensor | ScaledRows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x times the transposed weight, plus the bias."""  # [M, K] -> [M, N]
+        if self.is_skinny(x):
+            return skinny_linear(x, self.parameter, bias)
+        assert isinstance(x, torch.Tensor)
         if self._packed is None:
-            if is_skinny(x):
-                return skinny_linear(x, self.parameter, bias)
             return F.linear(x, self.parameter, bias)
         if self._int4 is not None and len(x) <= self._max_int4_rows:
             product = int4_linear(x, self._int4)
             return product if bias is None else product.add_(bias)
         return packed_linear(x, self._packed, bias)
 
-    def gated_linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def gated_linear(self, x: torch.Tensor | ScaledRows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """silu of the product with the first half of the rows, times the product with the second half."""
         # [M, K] -> [M, N / 2]
-        if self._packed is None and bias is None and is_skinny(x):
+        if bias is None and self.is_skinny(x):
             return skinny_gated_linear(x, self.parameter)
         return silu_and_mul(self.linear(x, bias))
+
+    def linear_add_norm(
+        self,
+        x: torch.Tensor,  # [M, K]
+        bias: torch.Tensor | None,  # [N]
+        residual: torch.Tensor,  # [M, N]
+        norm_weight: torch.Tensor,  # [N]
+        eps: float,
+    ) -> tuple[ScaledRows, torch.Tensor]:
+        """The norm of product and residual, but for a division that the next product does, and their sum."""
+        assert self.is_skinny(x)
+        return skinny_linear_add_norm(x, self.parameter, bias, residual, norm_weight, eps)
+
+    def is_skinny(self, x: torch.Tensor | ScaledRows) -> bool:
+        """Whether the product is of few enough rows for the kernel that reads the weight once."""
+        return self._packed is None and (isinstance(x, ScaledRows) or is_skinny(x))
 
     def load(self, tensor: CheckpointTensor, own: slice, rows: slice, columns: slice | None = None) -> None:
         """Fill the rows `own` with a part of a checkpoint's tensor; the last part to come finishes the weight."""

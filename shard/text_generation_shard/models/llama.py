@@ -1,6 +1,7 @@
 """The Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told apart by flags of ModelConfig."""
 
 import torch
+from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
 from text_generation_shard.layers.attention import Attention
@@ -13,7 +14,7 @@ from text_generation_shard.model_config import ModelConfig
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm that first adds what came before to the residual."""
+    """Attention and MLP; each adds its output to the residual and norms the sum for what follows."""
 
     def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, partition: Partition) -> None:
         super().__init__()
@@ -23,15 +24,11 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, partition)
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output of the MLP and the residual it is still to be added to."""
-        if residual is None:
-            normed, residual = self.attention_norm(hidden), hidden
-        else:
-            normed, residual = self.attention_norm.add(hidden, residual)
-        normed, residual = self.mlp_norm.add(self.attention(normed, positions), residual)
-        return self.mlp(normed), residual
+        self, normed: torch.Tensor | ScaledRows, residual: torch.Tensor, positions: torch.Tensor, next_norm: RMSNorm
+    ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
+        """From the normed sum of what came before, and that sum, to the same behind this layer."""
+        normed, residual = self.attention(normed, positions, residual, self.mlp_norm)
+        return self.mlp(normed, residual, next_norm)  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""
@@ -64,13 +61,12 @@ class LlamaModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states of the step's tokens after the last norm."""  # [T], [T] -> [T, hidden]
-        hidden: torch.Tensor = self.embedding(input_ids)
-        residual: torch.Tensor | None = None
-        for layer in self.layers:
-            hidden, residual = layer(hidden, residual, positions)
-        assert residual is not None, "a model has layers"
-        normed, _ = self.norm.add(hidden, residual)
-        return normed
+        residual: torch.Tensor = self.embedding(input_ids)
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        normed: torch.Tensor | ScaledRows = layers[0].attention_norm(residual)
+        for layer, next_norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), self.norm], strict=True):
+            normed, residual = layer(normed, residual, positions, next_norm)
+        return self.norm(residual) if isinstance(normed, ScaledRows) else normed
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits of some rows, complete on every rank; every rank must call it."""  # [R, hidden] -> [R, vocab]
