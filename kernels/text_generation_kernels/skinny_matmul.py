@@ -152,7 +152,8 @@ def skinny_matmul_kernel(
     weights = weight + columns.to(tl.int64)[:, None] * DEPTH + depths[None, :]
     first = tl.zeros((ROWS, BLOCK_N), tl.float32)
     second = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for offset in range(0, DEPTH, BLOCK_K):
+    for step in range(0, (DEPTH + BLOCK_K - 1) // BLOCK_K):
+        offset = step * BLOCK_K  # a loop over offsets themselves takes more registers
         row_mask, mask = is_row[:, None], is_column[:, None]
         if DEPTH % BLOCK_K != 0:
             row_mask = row_mask & (depths < DEPTH - offset)[None, :]

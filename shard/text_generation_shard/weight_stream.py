@@ -105,6 +105,7 @@ class WeightStream:
     def to_gpu(cls, device: torch.device) -> "WeightStream":
         """A stream into memory of this GPU that the current stream may have been given work for."""
         current = torch.cuda.current_stream(device)
+        device = current.device  # with its number, which threads must be told
         num_threads = max(1, min(MAX_THREADS, os.cpu_count() or 1))
         return cls(lambda num_bytes: CudaLane(device, num_bytes, current), num_threads)
 
