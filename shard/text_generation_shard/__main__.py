@@ -16,7 +16,7 @@ from typing import Any
 
 from text_generation_shard.config import ShardConfig
 from text_generation_shard.hub_download import HubSettings
-from text_generation_shard.kernel_compilation import KernelCompilation
+from text_generation_shard.kernel_compilation import start_compilation
 from text_generation_shard.logs import Timeline, set_up_logging
 from text_generation_shard.model_files import resolve_model
 from text_generation_shard.parent_death import end_with_parent
@@ -155,7 +155,7 @@ def run_serve(options: argparse.Namespace, timeline: Timeline) -> int:
     set_up_logging(config.log_level, config.json_output)
     set_up_process(config.run_folder)
     # The other ranks launch what the first one does.
-    compilation = KernelCompilation(config) if config.device == "cuda" and config.rank == 0 else None
+    compilation = start_compilation(config) if config.device == "cuda" and config.rank == 0 else None
     timeline.phase_ends("config")
     try:
         from text_generation_shard.serve import serve

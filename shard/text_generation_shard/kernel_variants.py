@@ -13,6 +13,8 @@ import torch
 from text_generation_kernels.attention_settings import AttentionShape
 from text_generation_kernels.compilation import Variant, compile_variants, noted_launches
 from text_generation_kernels.gpu import Gpu, gpu_of
+from text_generation_kernels.sampling import SamplingParameters, choose_best, final_logprobs, sample
+from text_generation_kernels.token_masks import mask_tokens, num_words
 
 from text_generation_shard import distributed
 from text_generation_shard.config import ShardConfig
@@ -29,6 +31,8 @@ from text_generation_shard.step_inputs import BatchLimits
 META = torch.device("meta")
 # Wrappers tell launches apart by powers of two of their rows, if at all.
 SIZES = tuple(2**power for power in range(12))
+CHANGED_SIZES = (1, 2, 16)
+COLUMN_TYPES = (torch.float32, torch.int32, torch.int64)
 MAX_NUM_SEQUENCES = 512
 MAX_STEP_TOKENS = 4096
 
@@ -42,7 +46,7 @@ class RunOnce:
 
 
 def variants(config: ModelConfig, world_size: int, dtype: torch.dtype, gpu: Gpu) -> list[Variant]:
-    """What a rank's warm-up and steps launch. No limit of the server matters to any kernel."""
+    """What a rank's warm-up and steps launch, all but what changes logits. No limit of the server matters to any."""
     # The first layer differs from those behind it, and layers of one window are alike.
     windows = (config.sliding_windows[0], *dict.fromkeys(config.sliding_windows))
     config = replace(config, num_layers=len(windows), sliding_windows=windows)
@@ -65,7 +69,22 @@ def variants(config: ModelConfig, world_size: int, dtype: torch.dtype, gpu: Gpu)
         caches = allocate_kv_caches(layout, 1, META)
         execution.run_worst_case(limits, caches)
         execution.start(limits, caches)
+        for count in CHANGED_SIZES:
+            _launch_changed_head(count, config.vocab_size)
     return noted
+
+
+def _launch_changed_head(count: int, vocab_size: int) -> None:
+    """What samples from changed logits, which are float32: launched when the first request asks for that."""
+    logits = torch.empty(count, vocab_size, dtype=torch.float32, device=META)
+    floats, ints, wide = (torch.empty(count, dtype=dtype, device=META) for dtype in COLUMN_TYPES)
+    mask_tokens(logits, torch.empty(count, num_words(vocab_size), dtype=torch.int32, device=META), ints)
+    parameters = SamplingParameters(
+        temperatures=floats, top_k=ints, top_p=floats, min_p=floats, typical_p=floats, seeds=wide, positions=wide
+    )
+    choose_best(logits)
+    sample(logits, parameters)
+    final_logprobs(logits, parameters)
 
 
 def main() -> int:

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 import triton
-from text_generation_kernels import compilation, dispatch, launch_settings, skinny_matmul
+from text_generation_kernels import compilation, dispatch, launch_settings
 from text_generation_kernels.attention_settings import AttentionShape
 from text_generation_kernels.compilation import Variant, compile_variants, noted_launches
 from text_generation_kernels.gpu import Gpu
+from text_generation_kernels.sampling import SamplingParameters, choose_best, final_logprobs, sample
+from text_generation_kernels.token_masks import mask_tokens, num_words
 from text_generation_shard import kernel_compilation
 from text_generation_shard.config import DEFAULT_GRAPH_SIZES, ShardConfig
 from text_generation_shard.gpu_execution import GpuExecution, GpuModel
-from text_generation_shard.kernel_compilation import KernelCompilation
+from text_generation_shard.kernel_compilation import KernelCompilation, compiled_mark, start_compilation
 from text_generation_shard.kernel_variants import RunOnce, variants
 from text_generation_shard.kv_cache import KvLayout, allocate_kv_caches
 from text_generation_shard.layers.partition import Partition
@@ -56,7 +58,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> Iterator[None]:
     """Tensors of this machine go to the kernels as if they lay on the GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "INTERPRETS", True)
-        for module in (dispatch, launch_settings, skinny_matmul):
+        for module in (dispatch, launch_settings):
             patch.setattr(module, "gpu_of", lambda device: gpu)
         # No kernel has written the ids of the tokens.
         patch.setattr(functional, "embedding", lambda ids, weight: weight.new_zeros(len(ids), weight.shape[1]))
@@ -85,6 +87,18 @@ def launch_everything(config: ModelConfig, dtype: torch.dtype) -> None:
             execution._run_head(size, has_random)
 
 
+@torch.inference_mode()
+def launch_changed_head(count: int, vocab_size: int) -> None:
+    """Sampling from float32 logits, on tensors with memory."""
+    logits, rows = torch.zeros(count, vocab_size), torch.zeros(count, dtype=torch.int32)
+    mask_tokens(logits, torch.zeros(count, num_words(vocab_size), dtype=torch.int32), rows)
+    ones, longs = torch.ones(count), torch.zeros(count, dtype=torch.int64)
+    parameters = SamplingParameters(ones, rows, ones, ones, ones, longs, longs)
+    sample(logits, parameters)
+    choose_best(logits)
+    final_logprobs(logits, parameters)
+
+
 def texts(noted: list[Variant]) -> dict[str, str]:
     """Each variant's specialisation, and the kernel's name."""
     return {variant.specialization: variant.name for variant in noted}
@@ -106,6 +120,8 @@ def test_launches_on_tensors_with_memory_are_foreseen(
     foreseen = texts(variants(config, 1, dtype, gpu))
     with kernels_on_cpu(monkeypatch, gpu), noted_launches(gpu) as noted:
         launch_everything(config, dtype)
+        for count in (1, 3, 128):
+            launch_changed_head(count, config.vocab_size)
     launched = texts(noted)
     assert set(launched.values()) > {"attention_items_kernel", "rms_norm_kernel", "search_kernel", "read_tokens_kernel"}
     assert sorted(launched[text] for text in launched.keys() - foreseen.keys()) == []
@@ -173,20 +189,41 @@ def test_a_variant_that_cannot_be_compiled_is_counted(capfd: pytest.CaptureFixtu
     assert "read_tokens_kernel was not compiled" in capfd.readouterr().err
 
 
-def test_a_compilation_that_fails_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compilation_that_fails_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Here: for want of a GPU, or of a model folder where there is one."""
-    compilation = KernelCompilation(ShardConfig(model_folder="/nowhere", device="cuda"))
+    mark = tmp_path / "mark"
+    compilation = KernelCompilation(ShardConfig(model_folder="/nowhere", device="cuda"), mark)
     compilation.wait()
     assert "compiled as they are used, their compilation failed" in caplog.text
     assert "Error" in caplog.text
+    assert not mark.exists()
     compilation.stop()
 
 
-def test_a_compilation_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a start has seen compiled, no later one of the same model looks at again."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    monkeypatch.setattr(kernel_compilation, "COMMAND", ("-c", "mkdir -p $TRITON_CACHE_DIR"))
+    (tmp_path / "config.json").write_text("{}")
+    config = ShardConfig(model_folder=str(tmp_path))
+    first = start_compilation(config)
+    assert first is not None
+    first.wait()
+    first.stop()
+    assert start_compilation(config) is None
+    others = [replace(config, dtype="float16"), replace(config, world_size=2)]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert not any(compiled_mark(other).exists() for other in [config, *others])
+
+
+def test_a_compilation_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     monkeypatch.setattr(kernel_compilation, "TIMEOUT_S", 0.1)
     monkeypatch.setattr(kernel_compilation, "COMMAND", ("-c", "sleep 600"))
-    compilation = KernelCompilation(ShardConfig())
+    compilation = KernelCompilation(ShardConfig(), tmp_path / "mark")
     compilation.wait()
     assert "not compiled within" in caplog.text
     assert compilation._process.returncode is not None
