@@ -61,7 +61,7 @@ def test_a_chat_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert whole.usage is not None
     assert last.usage is not None
     assert last.usage.completion_tokens == whole.usage.completion_tokens == len(tokens)
-    assert all(chunk.choices[0].delta.role == "assistant" for chunk in tokens)
+    assert "".join(chunk.choices[0].delta.role or "" for chunk in tokens) == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in tokens) == whole.choices[0].message.content
     reasons = [chunk.choices[0].finish_reason for chunk in tokens]
     assert reasons == [None] * (len(tokens) - 1) + ["stop"]

@@ -66,4 +66,3 @@ class LauncherConfig:
     ngrok_authtoken: str | None = flag(None, "Token for ngrok.")
     ngrok_edge: str | None = flag(None, "Edge of ngrok.")
     lora_adapters: str | None = flag(None, "LoRA adapters to load.")
-    enable_prefill_logprobs: bool = flag(False, "Offer log-probabilities of prompt tokens.")

@@ -34,9 +34,6 @@ REFUSED: dict[str, Refusal] = {
     "ngrok_authtoken": Refusal(_NGROK),
     "ngrok_edge": Refusal(_NGROK),
     "lora_adapters": Refusal("adapters are not loaded; serve a model into which the adapter was merged"),
-    "enable_prefill_logprobs": Refusal(
-        "log-probabilities are computed for generated tokens only; `details` has them", (False,)
-    ),
 }
 
 

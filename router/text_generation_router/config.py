@@ -25,7 +25,7 @@ class RouterConfig:
     max_concurrent_requests: int = flag(128, "Requests served or queued at once; the next gets 429.", positive=True)
     max_best_of: int = flag(2, "Largest `best_of` a client may ask for.", positive=True)
     max_stop_sequences: int = flag(4, "Most stop strings in one request.")
-    max_top_n_tokens: int = flag(5, "Largest `top_n_tokens` a client may ask for.")
+    max_top_n_tokens: int = flag(5, "Largest `top_n_tokens` a client may ask for.", max=256)
     max_input_tokens: int | None = flag(None, "Longest prompt in tokens. Default: max-total-tokens - 1.", positive=True)
     max_total_tokens: int | None = flag(
         None,
@@ -77,6 +77,9 @@ class RouterConfig:
     )
     served_model_name: str | None = flag(None, "Name under which /v1/models and answers show the model.")
     disable_grammar_support: bool = flag(False, "Refuse requests that carry a grammar.")
+    enable_prefill_logprobs: bool = flag(
+        False, "Fill `prefill` of requests with `decoder_input_details`; their prompts take no prefix hits."
+    )
     prefix_caching: bool = flag(True, "Share KV blocks between requests with equal prefixes.")
     disable_ui: bool = flag(False, "Leave out the live page at /ui.")
     otlp_endpoint: str | None = flag(

@@ -7,7 +7,7 @@ from typing import Any
 from text_generation_router.grammar import Grammar
 
 # Shown by number or kind, or no business of the log's.
-_NOT_LOGGED = ("names", "stop", "shown_special_ids", "grammar", "logit_bias")
+_NOT_LOGGED = ("names", "may_seed_runs", "stop", "shown_special_ids", "grammar", "logit_bias")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class GenerationOptions:
     stop_token_ids: tuple[int, ...] = ()
     best_of: int | None = None
     n: int | None = None
+    may_seed_runs: bool = True  # whether `best_of` may have a seed
     top_n_tokens: int | None = None
     watermark: bool = False
     is_stream: bool = False
     prefill_details: bool = False
+    scores_prompt: bool = False
     grammar: Grammar | None = None
     user: str | None = None  # for the log alone
     priority: int | None = None
@@ -53,6 +55,16 @@ class GenerationOptions:
     def client_name(self, field_name: str) -> str:
         """What the client calls a field."""
         return self.names.get(field_name, field_name)
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers to one prompt are wanted."""
+        return self.n or 1
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs of one prompt those are chosen from."""
+        return max(self.best_of or 1, self.num_answers)
 
     def given(self) -> dict[str, Any]:
         """Options that differ from the defaults, for the log; of what is a client's text only number or kind."""

@@ -1,9 +1,12 @@
 """Turns a sequence's token ids into the text its client sees, and finds the stop strings in it."""
 
+from collections.abc import Iterable
+
 from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import RouterError
 from text_generation_router.sequence import Sequence
 from text_generation_router.stop_strings import StopStrings
+from text_generation_router.token_scores import TokenScore
 from text_generation_router.token_stream import FinishReason, TokenOutput, TokenStream
 from text_generation_router.tokenizer import Tokenizer
 
@@ -15,6 +18,7 @@ class SequenceOutput:
         request = sequence.request
         self.sequence = sequence
         self.stream = stream
+        stream.prompt_scores = sequence.prompt_scores
         self.finish_reason: FinishReason | None = None
         self.last_token_ns = 0  # when the newest token came; 0: none yet
         self._outputs: list[TokenOutput] = []
@@ -24,11 +28,13 @@ class SequenceOutput:
             StopStrings(request.stop_strings, request.keep_stop_string) if request.stop_strings else None
         )
 
-    def push(self, token_id: int, logprob: float, reason: FinishReason | None) -> None:
+    def push(
+        self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Iterable[TokenScore] = ()
+    ) -> None:
         """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
         is_special = token_id in self._special_texts
         if reason is FinishReason.STOP_SEQUENCE and not self.sequence.request.keep_stop_string:
-            self._end_before(token_id, logprob, is_special)
+            self._end_before(token_id, logprob, is_special, top_tokens)
             return
         text = self._detokenizer.push(token_id)
         special_text = self._special_texts[token_id] if is_special else ""
@@ -45,17 +51,17 @@ class SequenceOutput:
                     reason = FinishReason.STOP_SEQUENCE
             elif is_last:
                 text += self._stop_strings.flush()
-        self._outputs.append(TokenOutput(token_id, logprob, text, is_special))
+        self._outputs.append(TokenOutput(token_id, logprob, text, is_special, top_tokens))
         self.finish_reason = reason
 
-    def _end_before(self, token_id: int, logprob: float, is_special: bool) -> None:
+    def _end_before(self, token_id: int, logprob: float, is_special: bool, top_tokens: Iterable[TokenScore]) -> None:
         """The text ends before a token of `stop_token_ids`."""
         text = self._detokenizer.flush()
         if self._stop_strings is not None:
             text, has_stopped = self._stop_strings.push(text)
             if not has_stopped:
                 text += self._stop_strings.flush()
-        self._outputs.append(TokenOutput(token_id, logprob, text, is_special))
+        self._outputs.append(TokenOutput(token_id, logprob, text, is_special, top_tokens))
         self.finish_reason = FinishReason.STOP_SEQUENCE
 
     def publish(self) -> None:

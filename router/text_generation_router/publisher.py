@@ -143,7 +143,7 @@ class Publisher:
                 self._fail(output, GenerationError(change.failure))
                 continue
             try:
-                output.push(change.token_id, change.logprob, change.finish_reason)
+                output.push(change.token_id, change.logprob, change.finish_reason, change.top_tokens)
             except Exception:
                 logger.exception("The text of one sequence failed")
                 self.num_dropped_tokens += 1

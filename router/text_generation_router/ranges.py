@@ -57,6 +57,8 @@ def request_ranges(config: RouterConfig, limits: InputLimit) -> dict[str, Range]
     positive = Range(0, excludes_bounds=True)
     open_unit = Range(0.0, 1.0, excludes_bounds=True)
     penalty = Range(-2.0, 2.0)
+    # Each run counts as a request.
+    runs = Range(1, min(config.max_best_of, config.max_concurrent_requests), flag="--max-best-of")
     return {
         "temperature": positive,
         "repetition_penalty": positive,
@@ -69,8 +71,8 @@ def request_ranges(config: RouterConfig, limits: InputLimit) -> dict[str, Range]
         "top_k": positive,
         "max_new_tokens": positive,
         "min_tokens": Range(0),
-        "best_of": Range(1, config.max_best_of, flag="--max-best-of"),
-        "n": Range(1, config.max_best_of, flag="--max-best-of"),
+        "best_of": runs,
+        "n": runs,
         "top_n_tokens": Range(0, config.max_top_n_tokens, flag="--max-top-n-tokens"),
         "truncate": Range(1, limits.max_input_tokens, flag="--max-input-tokens"),
         "seed": Range(0, MAX_SEED),

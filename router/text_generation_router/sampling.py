@@ -1,41 +1,56 @@
 """From what a client asked for to how its tokens are chosen; the values are checked already."""
 
+import hashlib
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 
 from text_generation_router.generation_options import GenerationOptions
-from text_generation_router.valid_request import LogitsChanges, SamplingParameters
+from text_generation_router.valid_request import LogitsChanges, SamplingParameters, ValidRequest
 
 # Beyond these a factor of the logits changes nothing but overflows float32.
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
+# Seeds that are made here: reported, they survive clients that read numbers as doubles.
+SEED_BITS = 53
 
 
 def sampling_parameters(
     options: GenerationOptions, vocab_size: int, eos_token_ids: Iterable[int], max_new_tokens: int
 ) -> SamplingParameters:
-    """How the tokens of a request of `max_new_tokens` are chosen.
-
-    Sampling is on when asked for, or when a parameter is set that only sampling honours.
-    """
+    """How the tokens of a request of `max_new_tokens` are chosen."""
     ends = {token_id for token_id in eos_token_ids if token_id < vocab_size}
     changes = _logits_changes(options, ends, max_new_tokens)
-    temperature = 1.0 if options.temperature is None else options.temperature
-    filters = (options.top_k, options.top_p, options.typical_p, options.min_p or None)
-    is_sampled = options.do_sample or temperature != 1.0 or any(value is not None for value in filters)
-    if options.is_greedy or not is_sampled:
-        return SamplingParameters(changes=changes)
-    # 53 bits: the reported seed survives clients that read numbers as doubles.
-    seed = secrets.randbits(53) if options.seed is None else options.seed
+    if not is_sampled(options):
+        return SamplingParameters(changes=changes, top_n_tokens=options.top_n_tokens or 0)
+    seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
     top_k = options.top_k or 0
     return SamplingParameters(
-        temperature=_bounded(temperature),
+        temperature=1.0 if options.temperature is None else _bounded(options.temperature),
         top_k=top_k if top_k < vocab_size else 0,
         top_p=1.0 if options.top_p is None else options.top_p,
         min_p=options.min_p or 0.0,
         typical_p=1.0 if options.typical_p is None else options.typical_p,
         seed=seed,
         changes=changes,
+        top_n_tokens=options.top_n_tokens or 0,
     )
+
+
+def is_sampled(options: GenerationOptions) -> bool:
+    """Sampling is on when asked for, or when a parameter is set that only sampling honours."""
+    filters = (options.top_k, options.top_p, options.typical_p, options.min_p or None)
+    is_wanted = options.do_sample or any(value is not None for value in filters)
+    return not options.is_greedy and (is_wanted or options.temperature not in (None, 1.0))
+
+
+def request_of_run(request: ValidRequest, number: int) -> ValidRequest:
+    """A further run of a request: with a seed of its own, and without the scores that the first run has."""
+    sampling = request.sampling
+    if sampling.temperature > 0:
+        key = sampling.seed.to_bytes(8, "little") + number.to_bytes(8, "little")
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") % 2**SEED_BITS
+        sampling = replace(sampling, seed=seed)
+    return replace(request, sampling=sampling, scores_prompt=False)
 
 
 def _bounded(factor: float) -> float:

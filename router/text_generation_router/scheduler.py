@@ -11,11 +11,14 @@ the step of its new owner.
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 from text_generation_router.block_manager import BlockManager, hash_block
 from text_generation_router.sequence import Sequence, SequenceState
 from text_generation_router.step import NewSequence, StepPlan, StepResult
+from text_generation_router.token_scores import TokenScore
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
@@ -44,6 +47,7 @@ class Progress:
     logprob: float
     finish_reason: FinishReason | None
     failure: str | None = None
+    top_tokens: Iterable[TokenScore] = ()
 
 
 class Scheduler:
@@ -264,12 +268,15 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks a waiting sequence can share; sets `awaited_key` if the next one is about to be computed.
 
-        A hit never covers the block of the last known token: at least one token must be computed.
+        A hit never covers the block of the last known token: at least one token must be computed. A prompt that is
+        scored is computed as a whole.
         """
         if not self.blocks.prefix_caching:
             return []
         max_hits = (len(sequence.token_ids) - 1) // self.blocks.block_size
         self._hash_blocks(sequence, len(sequence.token_ids) // self.blocks.block_size)
+        if sequence.request.scores_prompt:
+            return []
         keys = sequence.block_hashes[:max_hits]
         hits = self.blocks.find(keys)
         next_key = keys[len(hits)] if len(hits) < max_hits else None
@@ -321,6 +328,8 @@ class Scheduler:
                 sequence.block_table.copy(),
                 sequence.request.sampling,
                 sequence.request.grammar,
+                sequence.request.scores_prompt,
+                sequence.request.prompt_top_n_tokens,
             )
         )
         self._to_be_computed.update(sequence.block_hashes[len(hits) :])
@@ -390,20 +399,32 @@ class Scheduler:
         """
         assert result.step == self._last_step_ended + 1, "results come in the order of the plans"
         self._last_step_ended = result.step
+        self._note_scores(result)
         progress = []
-        for sequence_id, token_id, logprob in zip(result.sequence_ids, result.token_ids, result.logprobs, strict=True):
+        # Endless nothing where no sequence asked for its most likely tokens.
+        rows = zip(
+            result.sequence_ids, result.token_ids, result.logprobs, result.top_tokens or repeat(()), strict=False
+        )
+        for sequence_id, token_id, logprob, top_tokens in rows:
             sequence = self._by_id.get(sequence_id)
             if sequence is None:
                 self.num_dropped_tokens += 1
                 continue
             reason = self._append(sequence, token_id)
-            progress.append(Progress(sequence, token_id, logprob, reason))
+            progress.append(Progress(sequence, token_id, logprob, reason, None, top_tokens))
             if reason is not None:
                 self.finish(sequence)
         progress += self._end_failed(result)
         if not self._by_id:
             self.check_idle()
         return progress
+
+    def _note_scores(self, result: StepResult) -> None:
+        for scored in result.scored_prompts:
+            sequence = self._by_id.get(scored.sequence_id)
+            if sequence is not None and sequence.prompt_scores is not None:
+                end = scored.first_position + len(scored.scores)
+                sequence.prompt_scores[scored.first_position : end] = scored.scores
 
     def _end_failed(self, result: StepResult) -> list[Progress]:
         """End the sequences whose row failed; what the row computed is not shared, wherever its blocks are by now."""

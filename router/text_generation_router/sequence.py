@@ -3,6 +3,7 @@
 from enum import Enum, auto
 
 from text_generation_router.step import MAX_PLANS_IN_FLIGHT
+from text_generation_router.token_scores import PromptScores
 from text_generation_router.valid_request import ValidRequest
 
 
@@ -39,6 +40,7 @@ class Sequence:
         "num_restarts",
         "num_suspicions",
         "num_unsafe_tokens",
+        "prompt_scores",
         "request",
         "sequence_id",
         "state",
@@ -66,6 +68,7 @@ class Sequence:
         self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
         self.step_last_planned = 0
         self.awaited_key: bytes | None = None  # prefix-cache key of a block it waits for another to compute
+        self.prompt_scores: PromptScores | None = [None] * self.num_prompt_tokens if request.scores_prompt else None
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # keys of the full blocks of known tokens, as far as computed
 

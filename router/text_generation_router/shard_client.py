@@ -5,7 +5,8 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import grpc
 from text_generation_proto import shard_pb2 as pb
@@ -13,10 +14,13 @@ from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address
 from text_generation_proto.columns import pack_float32, pack_int32, pack_strings, unpack_float32, unpack_int32
 from text_generation_proto.shard_pb2_grpc import ShardStub
 
-from text_generation_router.step import NewSequence, StepPlan, StepResult
+from text_generation_router.step import NewSequence, ScoredTokens, StepPlan, StepResult
+from text_generation_router.token_scores import PromptScore, TokenScore
 from text_generation_router.valid_request import LogitsChanges, SamplingParameters
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _RUN_METHOD = "/text_generation.shard.v1.Shard/Run"
 CONNECT_TIMEOUT_S = 10.0
@@ -74,6 +78,8 @@ def _pack_sequence(sequence: NewSequence) -> pb.NewSequence:
         block_ids=pack_int32(sequence.block_ids),
         sampling=_pack_sampling(sequence.sampling),
         grammar=sequence.grammar,
+        scores_prompt=sequence.scores_prompt,
+        prompt_top_n_tokens=sequence.prompt_top_n_tokens,
     )
 
 
@@ -86,6 +92,7 @@ def _pack_sampling(sampling: SamplingParameters) -> pb.SamplingParameters:
         min_p=sampling.min_p,
         typical_p=sampling.typical_p,
         changes=None if sampling.changes is None else _pack_changes(sampling.changes),
+        top_n_tokens=sampling.top_n_tokens,
     )
 
 
@@ -111,6 +118,8 @@ def unpack_result(message: pb.StepResult) -> StepResult:
         sequence_ids=unpack_int32(message.sequence_ids).tolist(),
         token_ids=unpack_int32(message.token_ids).tolist(),
         logprobs=unpack_float32(message.logprobs).tolist(),
+        top_tokens=_unpack_top_tokens(message) if message.top_num_tokens else None,
+        scored_prompts=_unpack_scores(message) if message.scored_sequence_ids else [],
         failures=dict(zip(failed, message.failure_messages, strict=True)),
         forward_ns=message.forward_ns,
         sample_ns=message.sample_ns,
@@ -118,6 +127,32 @@ def unpack_result(message: pb.StepResult) -> StepResult:
         idle_ns=message.idle_ns,
         mask_ns=message.mask_ns,
     )
+
+
+def _unpack_top_tokens(message: pb.StepResult) -> list[list[TokenScore]]:
+    top = _pairs(message.top_token_ids, message.top_logprobs)
+    return _pieces(top, unpack_int32(message.top_num_tokens).tolist())
+
+
+def _unpack_scores(message: pb.StepResult) -> list[ScoredTokens]:
+    logprobs = unpack_float32(message.scored_logprobs).tolist()
+    top = _pairs(message.scored_top_token_ids, message.scored_top_logprobs)
+    top_tokens = _pieces(top, [message.scored_top_n_tokens] * len(logprobs))
+    scores = [PromptScore(*pair) for pair in zip(logprobs, top_tokens, strict=True)]
+    columns = (message.scored_sequence_ids, message.scored_first_positions)
+    sequence_ids, first_positions = (unpack_int32(column).tolist() for column in columns)
+    pieces = _pieces(scores, unpack_int32(message.scored_num_tokens).tolist())
+    return [ScoredTokens(*one) for one in zip(sequence_ids, first_positions, pieces, strict=True)]
+
+
+def _pairs(token_ids: bytes, logprobs: bytes) -> list[TokenScore]:
+    return list(zip(unpack_int32(token_ids).tolist(), unpack_float32(logprobs).tolist(), strict=True))
+
+
+def _pieces(values: list[T], counts: list[int]) -> list[list[T]]:
+    ends = list(accumulate(counts))
+    assert len(values) == (ends[-1] if ends else 0), "the counts of a column do not add up"
+    return [values[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 class ShardClient:

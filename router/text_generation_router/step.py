@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from text_generation_router.token_scores import PromptScore, TokenScore
 from text_generation_router.valid_request import SamplingParameters
 
 # One runs while the next one waits.
@@ -19,6 +20,8 @@ class NewSequence:
     block_ids: list[int]
     sampling: SamplingParameters
     grammar: str = ""
+    scores_prompt: bool = False
+    prompt_top_n_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -54,6 +57,15 @@ class PlanInFlight:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Prompt tokens of one sequence that a step scored."""
+
+    sequence_id: int
+    first_position: int
+    scores: list[PromptScore]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced: a token for each sequence that sampled, or why it has none."""
 
@@ -62,6 +74,8 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[float]
     failures: dict[int, str] = field(default_factory=dict)
+    top_tokens: list[list[TokenScore]] | None = None  # of each row; None: no row asked
+    scored_prompts: list[ScoredTokens] = field(default_factory=list)
     forward_ns: int = 0
     sample_ns: int = 0
     step_ns: int = 0

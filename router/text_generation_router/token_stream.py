@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from text_generation_router.errors import RouterError
+from text_generation_router.token_scores import PromptScores, TokenScore
 
 
 class FinishReason(StrEnum):
@@ -30,6 +31,7 @@ class TokenOutput:
     logprob: float
     text: str
     is_special: bool
+    top_tokens: Iterable[TokenScore] = ()  # the most likely ones at its place, best first, if they were asked for
 
 
 # Takes tokens at once and says so (True), or leaves them to the reader (False).
@@ -73,6 +75,7 @@ class TokenStream:
     finish_reason: FinishReason | None = None
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    prompt_scores: PromptScores | None = None  # complete once there is a token; None: not asked for
     num_preemptions: int = 0  # known once it has ended
     prefills: list[PrefillChunk] | None = None  # noted only for a request that is traced
     _outputs: list[TokenOutput] = field(default_factory=list)

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as BackendTokenizer
 
+from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import ValidationError
 from text_generation_router.tokenizer_files import BrokenTokenizer, TokenizerFiles
 from text_generation_router.vocabulary import Vocabulary, build_vocabulary
@@ -168,6 +169,14 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """A token's own text, special tokens included."""
         return self.vocabulary.token_text(token_id)
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """The visible text that each of these tokens completes; all of them together are the tokens' text."""
+        detokenizer = Detokenizer(self.vocabulary, [])
+        pieces = [detokenizer.push(token_id) for token_id in token_ids]
+        if pieces:
+            pieces[-1] += detokenizer.flush()
+        return pieces
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes, special tokens included; a character may be spread over several tokens."""

@@ -29,6 +29,7 @@ class SamplingParameters:
     typical_p: float = 1.0  # 1: off
     seed: int = 0  # [0, 2**64)
     changes: LogitsChanges | None = None  # None: tokens are chosen from the logits as they are
+    top_n_tokens: int = 0  # told beside each chosen token
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ValidRequest:
     keep_stop_string: bool = True
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()  # end the text beside the model's own
+    scores_prompt: bool = False  # the log-probabilities of the prompt's tokens are wanted
+    prompt_top_n_tokens: int = 0  # and so many most likely tokens beside each
     grammar: str = ""  # canonical text that the generated tokens must follow; "": none
     tenant: str = ""  # whose key it carries; tenants take turns
     priority: int = 0  # among the waiting requests of its tenant the lowest goes first

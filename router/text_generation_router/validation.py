@@ -10,7 +10,7 @@ from text_generation_router.errors import ValidationError
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.grammar import Grammar
 from text_generation_router.ranges import request_ranges
-from text_generation_router.sampling import sampling_parameters
+from text_generation_router.sampling import is_sampled, sampling_parameters
 from text_generation_router.schema_checks import RefusedGrammar
 from text_generation_router.valid_request import ValidRequest
 
@@ -112,6 +112,8 @@ class Validator:
             keep_stop_string=options.keep_stop_string,
             ignore_eos=options.ignore_eos,
             stop_token_ids=frozenset(options.stop_token_ids),
+            scores_prompt=self._scores_prompt(options),
+            prompt_top_n_tokens=(options.top_n_tokens or 0) if options.scores_prompt else 0,
             grammar=await self._compile(options),
             tenant=tenant,
             priority=options.priority or 0,
@@ -124,6 +126,7 @@ class Validator:
         self._check_ranges(options)
         self._check_stops(options)
         self._check_named_tokens(options)
+        self._check_runs(options)
         self._check_grammar(options)
         self._refuse_unsupported(options)
 
@@ -162,6 +165,18 @@ class Validator:
         if any(abs(bias) > MAX_LOGIT_BIAS for bias in biases.values()):
             raise self._error(options, "logit_bias", f"values must be >= -{MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}")
 
+    def _check_runs(self, options: GenerationOptions) -> None:
+        if options.best_of is None or options.num_runs == options.num_answers:
+            if options.best_of is not None and options.best_of < options.num_answers:
+                raise self._error(options, "best_of", "must be >= `n`")
+            return
+        if options.is_stream:
+            raise self._error(options, "best_of", "!= 1 is not supported when streaming tokens")
+        if not is_sampled(options):
+            raise self._error(options, "best_of", "> 1 needs sampling")
+        if options.seed is not None and not options.may_seed_runs:
+            raise self._error(options, "seed", "must not be set when `best_of` > 1")
+
     def _check_grammar(self, options: GenerationOptions) -> None:
         if options.grammar is None:
             return
@@ -186,18 +201,12 @@ class Validator:
             raise self._error(options, "grammar", f"cannot be used: it {refusal}") from None
 
     def _refuse_unsupported(self, options: GenerationOptions) -> None:
-        refused = [
-            name
-            for name, neutral in (
-                ("top_n_tokens", 0),
-                ("best_of", 1),
-                ("n", 1),
-            )
-            if getattr(options, name) not in (None, neutral)
-        ]
         # The dialect has given its own names for these.
-        for param in (*map(options.client_name, refused), *options.unsupported):
+        for param in options.unsupported:
             raise ValidationError(f"`{param}` is not supported by this server", param=param)
+
+    def _scores_prompt(self, options: GenerationOptions) -> bool:
+        return options.scores_prompt or (options.prefill_details and self._config.enable_prefill_logprobs)
 
     def _check_token_ids(self, token_ids: list[int], options: GenerationOptions) -> None:
         vocab_size = self._limits.vocab_size

@@ -23,6 +23,7 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
 from text_generation_router.schema_checks import RefusedGrammar
+from text_generation_router.token_scores import PromptScore
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
 from text_generation_router.tokenizer import Tokenizer, TokenSpan
 from text_generation_router.valid_request import ValidRequest
@@ -69,6 +70,12 @@ class FakeTokenizer:
     def token_text(self, token_id: int) -> str:
         return "<|end|>" if token_id == END_TOKEN_ID else chr(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in (BOS_TOKEN_ID, END_TOKEN_ID)
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        return ["" if self.is_special(token_id) else chr(token_id) for token_id in token_ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         return self.token_text(token_id).encode()
 
@@ -108,6 +115,7 @@ class FakeEngine:
         self.limits = FakeLimits()
         self.answer, self.error, self.is_hanging = answer, error, is_hanging
         self.tokens_at_once = 1
+        self.logprobs: list[float] = []  # of the tokens of the first requests; -0.5 for others
         self.log: list[ValidRequest] = []
         self.left: list[TokenStream] = []
         self.is_draining = self.is_over = False
@@ -121,12 +129,25 @@ class FakeEngine:
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(len(request.token_ids), len(self.log), timings)
         stream.note_scheduled(time.monotonic_ns(), num_cached_tokens=2)
+        if request.scores_prompt:
+            # Token i of the prompt has -i, and is the best at its place.
+            num_top = request.prompt_top_n_tokens
+            rest = list(enumerate(request.token_ids))[1:]
+            scores = [PromptScore(-i, [(token_id, -i), (7, -9.0)][:num_top]) for i, token_id in rest]
+            stream.prompt_scores = [None, *scores]
         self._running[stream.sequence_id] = (stream, asyncio.ensure_future(self._answer(request, stream)))
         return stream
 
     async def _answer(self, request: ValidRequest, stream: TokenStream) -> None:
-        tokens = [TokenOutput(ord(c), -0.5, c, False) for c in self.answer]
-        tokens.append(TokenOutput(END_TOKEN_ID, -0.25, "", True))
+        number = self.log.index(request)
+        logprob = self.logprobs[number] if number < len(self.logprobs) else -0.5
+        num_top = request.sampling.top_n_tokens
+        tokens = [
+            # One that ties with the last is told too.
+            TokenOutput(ord(c), logprob, c, False, [(ord(c), logprob), *[(300 + i, -3.0) for i in range(num_top)]])
+            for c in self.answer
+        ]
+        tokens.append(TokenOutput(END_TOKEN_ID, logprob / 2, "", True, [(END_TOKEN_ID, logprob / 2), (7, -1.0)]))
         is_cut = len(tokens) > request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
         for start in range(0, len(tokens), self.tokens_at_once):

@@ -64,9 +64,15 @@ COMPLETIONS_ERRORS = [
     ({"prompt": [1] * 99}, "prompt", "validation", "`inputs` must have at most 64 tokens. Given: 99"),
     ({"prompt": ["a"] * 5}, "prompt", "batch size exceeded", "`prompt` may hold at most 4 prompts. Given: 5"),
     ({"suffix": "x"}, "suffix", "validation", "`suffix` is not supported"),
-    ({"echo": True}, "echo", "validation", "`echo` is not supported"),
-    ({"logprobs": 1}, "logprobs", "validation", "`logprobs` is not supported"),
-    ({"best_of": 2}, "best_of", "validation", "`best_of` is not supported"),
+    ({"echo": 1}, "echo", "validation", "`echo` must be a boolean"),
+    ({"logprobs": 6}, "logprobs", "validation", "`logprobs` must be >= 0 and <= 5"),
+    ({"logprobs": True}, "logprobs", "validation", "`logprobs` must be an integer"),
+    ({"max_tokens": 0}, "max_tokens", "validation", "`max_new_tokens` must be strictly positive"),
+    ({"best_of": 2, "stream": True}, "best_of", "validation", "`best_of` != 1 is not supported when streaming"),
+    ({"best_of": 2, "temperature": 0}, "best_of", "validation", "`best_of` > 1 needs sampling"),
+    ({"best_of": 1, "n": 2}, "best_of", "validation", "`best_of` must be >= `n`"),
+    ({"best_of": 3}, "best_of", "validation", "`best_of` must be >= 1 and <= 2"),
+    ({"n": 10**9}, "n", "validation", "`n` must be >= 1 and <= 2"),
 ]
 
 

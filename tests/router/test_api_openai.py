@@ -1,9 +1,12 @@
 """OpenAI's dialect: the real `openai` client, raw events, and a table of bad input."""
 
 import asyncio
+import typing
 
 import openai
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_completion_create_params
 from text_generation_router.errors import GenerationError
 from text_generation_router.valid_request import LogitsChanges
 
@@ -53,7 +56,8 @@ def test_chat_stream_with_the_real_client(serving, make_engine, tokens_at_once, 
             chunks = [chunk async for chunk in stream]
             *tokens, usage = chunks
             assert [chunk.choices[0].delta.content for chunk in tokens] == list("Hi you")
-            assert all(chunk.choices[0].delta.role == "assistant" for chunk in tokens)
+            # Clients that fold a stream join its strings.
+            assert "".join(chunk.choices[0].delta.role for chunk in tokens) == "assistant"
             assert [chunk.choices[0].finish_reason for chunk in tokens] == [None] * 5 + ["length"]
             assert usage.choices == []
             assert usage.usage.completion_tokens == 6
@@ -70,11 +74,11 @@ def test_chat_stream_events(serving, openai_events_of):
             async with served.client.post("/v1/chat/completions", json=body) as response:
                 events = await openai_events_of(response)
             assert len(events) == 7
-            for event in events:
+            for number, event in enumerate(events):
                 assert event["object"] == "chat.completion.chunk"
                 assert event["usage"] is None
                 assert event["choices"][0]["logprobs"] is None
-                assert event["choices"][0]["delta"]["role"] == "assistant"
+                assert event["choices"][0]["delta"]["role"] == ("" if number else "assistant")
             # The last token is special: no text, but the finish reason.
             assert events[-1]["choices"][0]["delta"]["content"] == ""
             assert events[-1]["choices"][0]["finish_reason"] == "stop"
@@ -208,12 +212,11 @@ CHAT_ERRORS = [
         "response_format",
         "`response_format` and `min_tokens` exclude",
     ),
-    ({"n": 2}, "n", "`n` is not supported"),
     ({"n": 0}, "n", "`n` must be >= 1"),
     ({"n": 10**9}, "n", "`n` must be >= 1"),
     ({"min_p": 1.5}, "min_p", "`min_p` must be >= 0.0 and <= 1.0"),
-    ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "`top_logprobs` is not supported"),
-    ({"top_logprobs": 6}, "top_logprobs", "`top_logprobs` must be >= 0 and <= 5"),
+    ({"top_logprobs": 2}, "top_logprobs", "`top_logprobs` needs `logprobs`"),
+    ({"logprobs": True, "top_logprobs": 6}, "top_logprobs", "`top_logprobs` must be >= 0 and <= 5"),
     ({"logprobs": 1}, "logprobs", "`logprobs` must be a boolean"),
     ({"response_format": {"type": "regex", "value": "refused"}}, "response_format", "`response_format` cannot be used"),
     ({"response_format": {"type": "json_schema"}}, "response_format.value", "`value` must be an object"),
@@ -287,3 +290,95 @@ def test_errors_keep_their_status_before_the_first_token(serving, make_engine, c
 
 def _raise(error):
     raise error
+
+
+# A value for each parameter of the client, and whether it is honoured: those that are not are refused by name.
+CHAT_PARAMETERS = {
+    "audio": ({"voice": "alloy", "format": "mp3"}, False),
+    "frequency_penalty": (0.5, True),
+    "function_call": ("auto", False),
+    "functions": ([{"name": "f"}], False),
+    "logit_bias": ({"7": -100}, True),
+    "logprobs": (True, True),
+    "max_completion_tokens": (3, True),
+    "max_tokens": (3, True),
+    "metadata": ({"a": "b"}, False),
+    "modalities": (["text", "audio"], False),
+    "moderation": ({"model": "m"}, False),
+    "n": (2, True),
+    "parallel_tool_calls": (False, True),
+    "prediction": ({"type": "content", "content": "a"}, False),
+    "presence_penalty": (0.5, True),
+    "prompt_cache_key": ("a", True),
+    "prompt_cache_options": ({"a": 1}, False),
+    "prompt_cache_retention": ("24h", False),
+    "response_format": ({"type": "json_object"}, True),
+    "safety_identifier": ("me", True),
+    "seed": (5, True),
+    "service_tier": ("flex", False),
+    "stop": (["x"], True),
+    "store": (True, False),
+    "stream": (False, True),
+    "stream_options": ({"include_usage": True}, True),
+    "temperature": (0.5, True),
+    "tool_choice": ("none", True),
+    "tools": ([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], True),
+    "top_logprobs": (2, True),
+    "top_p": (0.5, True),
+    "user": ("me", True),
+    "verbosity": ("low", False),
+    "web_search_options": ({}, False),
+}
+COMPLETIONS_PARAMETERS = {
+    "best_of": (2, True),
+    "echo": (True, True),
+    "logprobs": (2, True),
+    "suffix": ("a", False),
+    **{
+        name: CHAT_PARAMETERS[name]
+        for name in (
+            "frequency_penalty", "logit_bias", "max_tokens", "n", "presence_penalty", "seed", "stop", "stream",
+            "stream_options", "temperature", "top_p", "user",
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("route", "parameters", "declared"),
+    [
+        ("chat", CHAT_PARAMETERS, chat_completion_create_params.CompletionCreateParamsNonStreaming),
+        ("text", COMPLETIONS_PARAMETERS, completion_create_params.CompletionCreateParamsNonStreaming),
+    ],
+)
+def test_every_parameter_of_the_client_works_or_is_refused_by_its_name(serving, client_of, route, parameters, declared):
+    required = {"chat": {"messages": USER}, "text": {"prompt": "a"}}[route]
+    others = {"model", "reasoning_effort", *required}  # the fake template has no such switch
+    assert typing.get_type_hints(declared).keys() - others == parameters.keys()
+
+    async def run():
+        async with serving() as served, client_of(served) as client:
+            create = (client.chat.completions if route == "chat" else client.completions).with_raw_response.create
+            for name, (value, is_honoured) in parameters.items():
+                extra = {"logprobs": True} if name == "top_logprobs" else {}
+                if is_honoured:
+                    answer = await create(model="m", **required, **{name: value}, **extra)
+                    assert "x-ignored-parameters" not in answer.headers
+                    continue
+                with pytest.raises(openai.UnprocessableEntityError, match=name) as caught:
+                    await create(model="m", **required, **{name: value})
+                assert caught.value.param == name
+
+    asyncio.run(run())
+
+
+def test_the_clients_own_fold_of_a_stream(serving, client_of):
+    async def run():
+        async with serving() as served, client_of(served) as client:
+            async with client.chat.completions.stream(model="m", messages=USER, n=2) as stream:
+                answer = await stream.get_final_completion()
+            for choice in answer.choices:
+                assert (choice.message.role, choice.message.content) == ("assistant", "Hi you")
+                assert choice.finish_reason == "stop"
+
+    asyncio.run(run())

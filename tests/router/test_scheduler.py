@@ -7,6 +7,7 @@ known in advance, whatever batch, chunking, preemption or sharing happened on th
 row that is told to fail writes nonsense, and so does every row that reads it.
 """
 
+import dataclasses
 import hashlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_generation_router.block_manager import BlockManager, hash_block
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
-from text_generation_router.step import StepPlan, StepResult
+from text_generation_router.step import ScoredTokens, StepPlan, StepResult
+from text_generation_router.token_scores import PromptScore
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 
@@ -274,6 +276,32 @@ def test_sequences_with_one_prefix_compute_it_once():
     harness.run_until_idle()
     assert harness.scheduler.num_prefix_query_tokens == 5 * 41
     assert harness.scheduler.num_prefix_hit_tokens == 4 * 40
+
+
+def test_a_prompt_that_is_scored_takes_no_hits_and_gives_some():
+    harness = Harness(100, 4, SchedulerLimits(64, 8))
+    prompt = list(range(20))
+    first = harness.add(make_request(prompt, 3))
+    harness.run_until_idle()
+    scored = harness.add(dataclasses.replace(make_request(prompt, 3), scores_prompt=True))
+    third = harness.add(make_request(prompt, 3))
+    harness.run_until_idle()
+    assert (first.num_cached_tokens, scored.num_cached_tokens, third.num_cached_tokens) == (0, 0, 16)
+    assert all(harness.shard.computed[scored.sequence_id, position] == 1 for position in range(20))
+
+
+def test_scores_find_their_places():
+    """Those of a chunk come before any token; those of sequences that have ended are dropped."""
+    harness = Harness(100, 4, SchedulerLimits(4, 2))
+    sequence = harness.add(dataclasses.replace(make_request([5, 6, 7, 8, 9], 3), scores_prompt=True))
+    scheduler = harness.scheduler
+    for first, logprobs in ((1, [-1.0, -2.0, -3.0, -4.0]), (1, [-1.5])):
+        assert (plan := scheduler.schedule()) is not None
+        scores = [PromptScore(logprob, []) for logprob in logprobs]
+        scored = [ScoredTokens(sequence.sequence_id, first, scores), ScoredTokens(99, 1, scores)]
+        assert scheduler.update(StepResult(plan.step, [], [], [], scored_prompts=scored)) == []
+    told = [score and score.logprob for score in sequence.prompt_scores]
+    assert told == [None, -1.5, -2.0, -3.0, -4.0]
 
 
 def test_generated_tokens_are_found_again_by_the_next_turn():

@@ -9,11 +9,12 @@ import grpc
 import pytest
 from text_generation_proto import shard_pb2 as pb
 from text_generation_proto.channel import shard_address
-from text_generation_proto.columns import pack_float32, pack_int32, unpack_int32
+from text_generation_proto.columns import pack_float32, pack_int32, unpack_float32, unpack_int32
 from text_generation_proto.shard_pb2_grpc import ShardServicer, add_ShardServicer_to_server
-from text_generation_router.shard_client import ShardClient, ShardFailure
-from text_generation_router.step import NewSequence, StepPlan, StepResult
-from text_generation_router.valid_request import SamplingParameters
+from text_generation_router.shard_client import ShardClient, ShardFailure, pack_plan, unpack_result
+from text_generation_router.step import NewSequence, ScoredTokens, StepPlan, StepResult
+from text_generation_router.token_scores import PromptScore
+from text_generation_router.valid_request import LogitsChanges, SamplingParameters
 
 
 class ScriptedShard(ShardServicer):
@@ -106,6 +107,37 @@ def test_every_rank_gets_each_plan_and_answers_all_before_the_end(tmp_path: Path
         assert unpack_int32(sequence.token_ids).tolist() == [5, 6]
         assert unpack_int32(sequence.block_ids).tolist() == [4]
         assert (sequence.sampling.temperature, sequence.sampling.top_k, sequence.sampling.seed) == (0.5, 3, 2**64 - 1)
+
+
+def test_what_changes_logits_and_what_is_told_beside_tokens() -> None:
+    """Over the wire and back: absent unless asked for."""
+    changes = LogitsChanges((5, 6), (1.5, -2.0), True, 1.25, 0.5, 0.25, -0.5, (7,), 3)
+    sampling = SamplingParameters(changes=changes, top_n_tokens=2)
+    new = NewSequence(7, [5, 6], 2, 1, [4], sampling, scores_prompt=True, prompt_top_n_tokens=1)
+    (packed,) = pb.StepPlan.FromString(pack_plan(StepPlan(step=1, new_sequences=[new]))).new_sequences
+    assert (packed.scores_prompt, packed.prompt_top_n_tokens, packed.sampling.top_n_tokens) == (True, 1, 2)
+    message = packed.sampling.changes
+    assert unpack_int32(message.bias_token_ids).tolist() == [5, 6]
+    assert unpack_float32(message.bias_values).tolist() == [1.5, -2.0]
+    assert unpack_int32(message.banned_token_ids).tolist() == [7]
+    penalties = (message.repetition_penalty, message.share_penalty, message.frequency_penalty, message.presence_penalty)
+    assert penalties == (1.25, 0.5, 0.25, -0.5)
+    assert (message.has_watermark, message.min_tokens) == (True, 3)
+    (plain,) = pb.StepPlan.FromString(pack_plan(PLAN)).new_sequences
+    assert not plain.sampling.HasField("changes")
+
+    result = unpack_result(
+        pb.StepResult(
+            step=1, sequence_ids=pack_int32([8, 9]), token_ids=pack_int32([1, 2]), logprobs=pack_float32([-1, -2]),
+            top_num_tokens=pack_int32([0, 2]), top_token_ids=pack_int32([2, 3]), top_logprobs=pack_float32([-2, -3]),
+            scored_sequence_ids=pack_int32([8, 9]), scored_first_positions=pack_int32([1, 5]),
+            scored_num_tokens=pack_int32([2, 1]), scored_logprobs=pack_float32([-1, -2, -3]), scored_top_n_tokens=1,
+            scored_top_token_ids=pack_int32([4, 5, 6]), scored_top_logprobs=pack_float32([-0.5, -1.5, -2.5]),
+        )
+    )  # fmt: skip
+    assert result.top_tokens == [[], [(2, -2.0), (3, -3.0)]]
+    first = [PromptScore(-1.0, [(4, -0.5)]), PromptScore(-2.0, [(5, -1.5)])]
+    assert result.scored_prompts == [ScoredTokens(8, 1, first), ScoredTokens(9, 5, [PromptScore(-3.0, [(6, -2.5)])])]
 
 
 def test_a_shard_that_does_not_answer_in_time_does_not_hold_up_the_end(

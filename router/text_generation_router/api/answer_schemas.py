@@ -9,6 +9,7 @@ _STRING: Schema = {"type": "string"}
 _INTEGER: Schema = {"type": "integer"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _NUMBER: Schema = {"type": "number"}
+_BYTE: Schema = {"type": "integer", "minimum": 0, "maximum": 255}
 _NULL: Schema = {"type": "null"}
 
 
@@ -125,11 +126,19 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
                     {
                         "token": _STRING,
                         "logprob": _NUMBER,
-                        "bytes": _list({"type": "integer", "minimum": 0, "maximum": 255}),
-                        "top_logprobs": _list(_object({"token": _STRING, "logprob": _NUMBER})),
+                        "bytes": _list(_BYTE),
+                        "top_logprobs": _list(_object({"token": _STRING, "logprob": _NUMBER, "bytes": _list(_BYTE)})),
                     }
                 )
             )
+        }
+    ),
+    "CompletionLogprobs": _object(
+        {
+            "tokens": _list(_STRING),
+            "token_logprobs": _list(_or_null(_NUMBER)),
+            "top_logprobs": _list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
+            "text_offset": _list(_COUNT),
         }
     ),
     "AnsweredToolCall": _object({**_CALL, "function": _object({"name": _STRING, "arguments": _STRING})}),
@@ -165,7 +174,7 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
                     {
                         "index": _COUNT,
                         "delta": _object(
-                            {"role": {"const": "assistant"}},
+                            {"role": {"enum": ["assistant", ""]}},
                             {
                                 "content": _STRING,
                                 "reasoning_content": _STRING,
@@ -189,7 +198,7 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
                     {
                         "index": _COUNT,
                         "text": _STRING,
-                        "logprobs": _or_null({"type": "object"}),
+                        "logprobs": _or_null(reference("CompletionLogprobs")),
                         "finish_reason": _or_null(_FINISH_REASON),
                     }
                 )

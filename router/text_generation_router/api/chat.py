@@ -1,5 +1,7 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from aiohttp import web
@@ -13,11 +15,13 @@ from text_generation_router.api.chat_request import (
     render_prompt,
 )
 from text_generation_router.api.chat_schema import CHAT_BODY
+from text_generation_router.api.context import Tokenizer
 from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
+from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers, together
 from text_generation_router.api.openai import AnswerHead, finish_reason, stream_until_done, usage
 from text_generation_router.api.responses import TextEvent, event, json_response
+from text_generation_router.api.runs import best_runs, read_runs, submit_runs
 from text_generation_router.chat_output.deltas import (
     Answer,
     CallArguments,
@@ -43,52 +47,40 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     body = Fields(values, CHAT_BODY)
     call = read_call(body, family)
     record.note_ignored(body)
-    record.admit()
     context.validator.check_options(call.options)
+    record.admit(call.options.num_runs)
     prompt = await render_prompt(context, call.conversation)
     options = answer_options(context, call, prompt)
     # The template writes the special tokens itself.
-    generation = record.submit(await record.validate(prompt, options, add_special_tokens=False), options)
-    answer = _Answer(record, call, generation, answer_parser(family, call, prompt), len(prompt))
+    generations = submit_runs(record, await record.validate(prompt, options, add_special_tokens=False), options)
+    answer = _Answer(record, call, generations, lambda: answer_parser(family, call, prompt), len(prompt))
     return await (answer.stream() if options.is_stream else answer.whole())
 
 
-class _Answer:
-    """Renders one generation in this route's shape."""
+class _Choice:
+    """One choice of an answer, whole or in chunks."""
 
     def __init__(
-        self,
-        record: GenerationRequest,
-        call: ChatCall,
-        generation: Generation,
-        parser: Parser | None,
-        num_characters: int,
+        self, index: int, call: ChatCall, generation: Generation, parser: Parser | None, tokenizer: Tokenizer
     ) -> None:
-        self._record = record
+        self._index = index
         self._call = call
         self._generation = generation
         self._parser = parser
+        self._tokenizer = tokenizer
         self._has_called = False
-        self._num_characters = num_characters
-        self._tokenizer = record.context.tokenizer
-        kind = "chat.completion.chunk" if call.options.is_stream else "chat.completion"
-        served_name = record.context.served_name
-        model = served_name if call.model in (None, "tgi") else call.model
-        self._head = AnswerHead(record.context, kind, "chatcmpl", model)
+        self.is_begun = False  # whether a chunk was made
 
-    async def whole(self) -> web.StreamResponse:
-        """The answer as one object."""
-        generation = self._generation
-        outputs = await generation.read_all()
-        choice = {
-            "index": 0,
-            "message": self._message(outputs),
-            "logprobs": self._logprobs(outputs),
-            "finish_reason": self._finish_reason(),
-        }
-        self._record.succeed()
-        headers = timing_headers([generation], self._record.context.compute_type, self._num_characters)
-        return json_response(self._head.body([choice], usage([generation])), headers)
+    @property
+    def is_plain(self) -> bool:
+        """Whether a chunk is made of each token, of which nothing but the text is shown."""
+        return self._parser is None and not self._call.has_logprobs
+
+    def whole(self, outputs: list[TokenOutput]) -> dict[str, Any]:
+        """The choice of an answer that is one object."""
+        message = self._message(outputs)
+        reason = self._finish_reason()
+        return {"index": self._index, "message": message, "logprobs": self._logprobs(outputs), "finish_reason": reason}
 
     def _message(self, outputs: list[TokenOutput]) -> dict[str, Any]:
         if self._parser is None:
@@ -113,46 +105,39 @@ class _Answer:
             ]
         return message
 
-    async def stream(self) -> web.StreamResponse:
-        """The answer as a chunk for each token; with a parser, for each part that tokens make known."""
-        return await stream_until_done(self._record, self._num_characters, self._send_chunks)
-
-    async def _send_chunks(self, events: EventStream) -> None:
-        generation = self._generation
-        text_chunk = TextEvent(lambda text: self._chunk(_content_body(text), None))
-
-        def render(outputs: list[TokenOutput]) -> bytes:
-            is_end = generation.stream.finish_reason is not None
-            if self._parser is not None:
-                bodies = self._parsed_chunks(outputs, is_end, self._parser)
-            elif is_end or self._call.has_logprobs:
-                bodies = [self._chunk(_content_body(output.text), self._logprobs([output])) for output in outputs]
-            else:
-                return text_chunk.render_all(outputs)
-            if is_end:
-                bodies[-1]["choices"][0]["finish_reason"] = self._finish_reason()
-                if self._call.includes_usage:
-                    bodies.append(self._head.body([], usage([generation])))
-            return b"".join(map(event, bodies))
-
-        await events.send_all(generation, render)
-        self._record.succeed()
+    def chunks(self, outputs: list[TokenOutput], is_end: bool) -> list[dict[str, Any]]:
+        """Chunks of some tokens, with the last of which the choice may end."""
+        if self._parser is None:
+            chunks = [self.chunk(_content_body(output.text), self._logprobs([output])) for output in outputs]
+        else:
+            chunks = self._parsed_chunks(outputs, is_end, self._parser)
+        if is_end:
+            chunks[-1]["finish_reason"] = self._finish_reason()
+        return chunks
 
     def _parsed_chunks(self, outputs: list[TokenOutput], is_end: bool, parser: Parser) -> list[dict[str, Any]]:
         """A chunk for each part; a token without one has a chunk when it is the last, or its log-probability counts."""
-        bodies = []
+        chunks = []
         for position, output in enumerate(outputs, 1):
             is_last = is_end and position == len(outputs)
             deltas = parser.push(output.text) + (parser.end() if is_last else [])
             logprobs = self._logprobs([output])
             for delta in deltas or ([Content("")] if is_last or logprobs is not None else []):
                 self._has_called |= isinstance(delta, CallStart)
-                bodies.append(self._chunk(_delta_body(delta), logprobs))
+                chunks.append(self.chunk(_delta_body(delta), logprobs))
                 logprobs = None
-        return bodies
+        return chunks
 
-    def _chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        return self._head.body([{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}], None)
+    def chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """A chunk that does not end the choice. Clients join the roles of all chunks, so one names it."""
+        role = "" if self.is_begun else "assistant"
+        self.is_begun = True
+        return {
+            "index": self._index,
+            "delta": {"role": role, **delta},
+            "logprobs": logprobs,
+            "finish_reason": None,
+        }
 
     def _finish_reason(self) -> str:
         if self._has_called and self._generation.finish_reason is not FinishReason.LENGTH:
@@ -162,23 +147,82 @@ class _Answer:
     def _logprobs(self, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         if not self._call.has_logprobs:
             return None
+        num_top = self._call.options.top_n_tokens or 0
         content = []
         for output in outputs:
-            text = self._tokenizer.token_text(output.token_id)
-            content.append(
-                {
-                    "token": text,
-                    "logprob": output.logprob,
-                    "bytes": list(self._tokenizer.token_bytes(output.token_id)),
-                    "top_logprobs": [],
-                }
-            )
+            body = self._token_body(output.token_id, output.logprob)
+            # A tie with the last is one more than these routes promise.
+            body["top_logprobs"] = [self._token_body(*score) for score in islice(output.top_tokens, num_top)]
+            content.append(body)
         return {"content": content}
+
+    def _token_body(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, own_bytes = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(own_bytes)}
+
+
+class _Answer:
+    """Renders the runs of one conversation in this route's shape."""
+
+    def __init__(
+        self,
+        record: GenerationRequest,
+        call: ChatCall,
+        generations: list[Generation],
+        make_parser: Callable[[], Parser | None],
+        num_characters: int,
+    ) -> None:
+        self._record = record
+        self._call = call
+        self._generations = generations
+        self._make_parser = make_parser
+        self._num_characters = num_characters
+        kind = "chat.completion.chunk" if call.options.is_stream else "chat.completion"
+        served_name = record.context.served_name
+        model = served_name if call.model in (None, "tgi") else call.model
+        self._head = AnswerHead(record.context, kind, "chatcmpl", model)
+
+    def _choice(self, index: int, generation: Generation) -> _Choice:
+        return _Choice(index, self._call, generation, self._make_parser(), self._record.context.tokenizer)
+
+    async def whole(self) -> web.StreamResponse:
+        """The answer as one object."""
+        best = best_runs(await read_runs(self._generations))[: self._call.options.num_answers]
+        choices = [self._choice(index, run.generation).whole(run.outputs) for index, run in enumerate(best)]
+        self._record.succeed()
+        headers = timing_headers(self._generations, self._record.context.compute_type, self._num_characters)
+        return json_response(self._head.body(choices, usage(self._generations)), headers)
+
+    async def stream(self) -> web.StreamResponse:
+        """The answer as a chunk for each token; with a parser, for each part that tokens make known."""
+        return await stream_until_done(self._record, self._num_characters, self._send_all)
+
+    async def _send_all(self, events: EventStream) -> None:
+        await together([self._send_chunks(index, events) for index in range(len(self._generations))])
+        self._record.succeed()
+        if self._call.includes_usage:
+            await events.send(event(self._head.body([], usage(self._generations))))
+
+    async def _send_chunks(self, index: int, events: EventStream) -> None:
+        generation = self._generations[index]
+        choice = self._choice(index, generation)
+        plain: TextEvent | None = None  # of a chunk that is not the first
+
+        def render(outputs: list[TokenOutput]) -> bytes:
+            nonlocal plain
+            is_end = generation.stream.finish_reason is not None
+            if choice.is_plain and choice.is_begun and not is_end:
+                if plain is None:
+                    plain = TextEvent(lambda text: self._head.body([choice.chunk(_content_body(text), None)], None))
+                return plain.render_all(outputs)
+            return b"".join(event(self._head.body([chunk], None)) for chunk in choice.chunks(outputs, is_end))
+
+        await events.send_all(generation, render)
 
 
 def _content_body(text: str) -> dict[str, Any]:
     # TGI's Python client cannot do without the last key.
-    return {"role": "assistant", "content": text, "tool_calls": None}
+    return {"content": text, "tool_calls": None}
 
 
 def _delta_body(delta: Delta) -> dict[str, Any]:
@@ -186,7 +230,7 @@ def _delta_body(delta: Delta) -> dict[str, Any]:
         case Content(text):
             return _content_body(text)
         case Reasoning(text):
-            return {"role": "assistant", "reasoning_content": text}
+            return {"reasoning_content": text}
         case CallStart(index, call_id, name):
             return _call_body(index, call_id, name, "")
         case CallArguments(index, text):
@@ -197,4 +241,4 @@ def _delta_body(delta: Delta) -> dict[str, Any]:
 def _call_body(index: int, call_id: str, name: str | None, arguments: str) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     call = {"index": index, "id": call_id, "type": "function", "function": function}
-    return {"role": "assistant", "tool_calls": [call]}
+    return {"tool_calls": [call]}

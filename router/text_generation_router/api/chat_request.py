@@ -50,6 +50,9 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
     )
     if tools.shown and options.grammar is not None:
         raise ToolError("`response_format` and `tools` exclude each other", param="response_format")
+    has_logprobs = body.boolean("logprobs")
+    if options.top_n_tokens and not has_logprobs:
+        raise body.error("top_logprobs", "needs `logprobs`")
     body.string("prompt_cache_key")
     forced_call = _forced_call(tools, family)
     if forced_call is not None:
@@ -59,7 +62,7 @@ def read_call(body: Fields, family: ModelFamily) -> ChatCall:
         tools=tools,
         model=read_model_name(body),
         options=options,
-        has_logprobs=body.boolean("logprobs"),
+        has_logprobs=has_logprobs,
         includes_usage=read_includes_usage(body),
     )
 

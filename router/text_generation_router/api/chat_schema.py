@@ -130,7 +130,7 @@ CHAT_BODY = ObjectSchema(
         Parameter(
             "top_logprobs",
             Kind.INTEGER,
-            "How many of the best tokens to show at each position.",
+            "How many of the best tokens to show at each position. Needs `logprobs`.",
             range_name="top_n_tokens",
         ),
         Parameter("tools", Kind.LIST, "Functions that the model may call.", inner=TOOL, max_items=MAX_TOOLS),

@@ -1,14 +1,16 @@
 """POST /v1/completions: one prompt or several, as text or token ids."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
+from text_generation_router.api.completion_text import CompletionText, Piece, joined
 from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import Generation, GenerationRequest, read_texts, timing_headers, together
+from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers, together
 from text_generation_router.api.openai import (
     AnswerHead,
     finish_reason,
@@ -20,6 +22,7 @@ from text_generation_router.api.openai import (
 )
 from text_generation_router.api.openai_schema import COMPLETIONS_BODY
 from text_generation_router.api.responses import TextEvent, event, json_response
+from text_generation_router.api.runs import Run, best_runs, read_runs, submit_runs
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
 from text_generation_router.generation_options import GenerationOptions
@@ -32,6 +35,9 @@ class CompletionsCall:
 
     prompts: list[str | list[int]]
     options: GenerationOptions
+    echo: bool
+    num_top_logprobs: int | None  # None: no log-probabilities
+    is_prompt_only: bool  # one token is generated all the same, and not shown
     includes_usage: bool
 
     @property
@@ -51,9 +57,11 @@ async def answer_completions(record: GenerationRequest, values: dict[str, Any]) 
     body = Fields(values, COMPLETIONS_BODY)
     call = read_call(body, record.context.config)
     record.note_ignored(body)
-    record.admit(len(call.prompts))
+    record.context.validator.check_options(call.options)
+    _check_num_runs(call, record.context.config)
+    record.admit(len(call.prompts) * call.options.num_runs)
     requests = [await record.validate(prompt, call.options) for prompt in call.prompts]
-    answer = _Answer(record, call, [record.submit(valid, call.options) for valid in requests])
+    answer = _Answer(record, call, [run for valid in requests for run in submit_runs(record, valid, call.options)])
     return await (answer.stream() if call.options.is_stream else answer.whole())
 
 
@@ -62,9 +70,20 @@ def read_call(body: Fields, config: RouterConfig) -> CompletionsCall:
     prompts = _read_prompts(body)
     _check_num_prompts(len(prompts), config)
     read_model_name(body)
+    echo, num_top_logprobs = body.boolean("echo"), body.integer("logprobs")
+    names = {"inputs": "prompt", "top_n_tokens": "logprobs"}
+    options = read_options(body, body.boolean("stream"), names, top_n_tokens=num_top_logprobs)
+    is_prompt_only = echo and options.max_new_tokens == 0
     return CompletionsCall(
         prompts=prompts,
-        options=read_options(body, body.boolean("stream"), names={"inputs": "prompt"}),
+        options=replace(
+            options,
+            scores_prompt=echo and num_top_logprobs is not None,
+            max_new_tokens=1 if is_prompt_only else options.max_new_tokens,
+        ),
+        echo=echo,
+        num_top_logprobs=num_top_logprobs,
+        is_prompt_only=is_prompt_only,
         includes_usage=read_includes_usage(body),
     )
 
@@ -96,12 +115,22 @@ def _check_num_prompts(num_prompts: int, config: RouterConfig) -> None:
             )
 
 
+def _check_num_runs(call: CompletionsCall, config: RouterConfig) -> None:
+    num_runs, most = len(call.prompts) * call.options.num_runs, config.max_concurrent_requests
+    if num_runs > most:
+        raise BatchSizeExceeded(
+            f"`prompt` may have at most {most} answers, `n` and `best_of` counted. Given: {num_runs}. "
+            "Send fewer prompts in one request, or raise --max-concurrent-requests of the server",
+            "prompt",
+        )
+
+
 def _are_token_ids(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
 class _Answer:
-    """Renders the generations of one request in this route's shape."""
+    """Renders the runs of one request's prompts in this route's shape."""
 
     def __init__(self, record: GenerationRequest, call: CompletionsCall, generations: list[Generation]) -> None:
         self._record = record
@@ -111,38 +140,62 @@ class _Answer:
 
     async def whole(self) -> web.StreamResponse:
         """The answer as one object, choices in the order of the prompts."""
-        generations = self._generations
-        texts = await read_texts(generations)
+        call, choices = self._call, list[dict[str, Any]]()
+        runs = await read_runs(self._generations)
+        for start in range(0, len(runs), call.options.num_runs):
+            for run in best_runs(runs[start : start + call.options.num_runs])[: call.options.num_answers]:
+                choices.append(self._whole_choice(len(choices), run))
         self._record.succeed()
-        choices = [
-            self._choice(index, texts[index], finish_reason(generation)) for index, generation in enumerate(generations)
-        ]
-        headers = timing_headers(generations, self._record.context.compute_type, self._call.num_characters)
-        return json_response(self._head.body(choices, usage(generations)), headers)
+        headers = timing_headers(self._generations, self._record.context.compute_type, call.num_characters)
+        return json_response(self._head.body(choices, self._usage(self._generations)), headers)
+
+    def _whole_choice(self, index: int, run: Run) -> dict[str, Any]:
+        text = CompletionText(self._record.context.tokenizer, self._call.num_top_logprobs)
+        pieces = [self._prompt(index, text, run.generation)] if self._call.echo else []
+        if not self._call.is_prompt_only:
+            pieces.append(text.generated(run.outputs))
+        return self._choice(index, joined(pieces), finish_reason(run.generation))
+
+    def _prompt(self, index: int, text: CompletionText, generation: Generation) -> Piece:
+        prompt = self._call.prompts[index // self._call.options.num_answers]
+        return text.prompt(prompt, generation.request.token_ids, generation.first.stream.prompt_scores)
 
     async def stream(self) -> web.StreamResponse:
-        """The answer as a chunk for each token, those of several prompts as they come."""
+        """The answer as a chunk for each token, those of several choices as they come."""
         return await stream_until_done(self._record, self._call.num_characters, self._send_all)
 
     async def _send_all(self, events: EventStream) -> None:
         await together([self._send_chunks(index, events) for index in range(len(self._generations))])
         self._record.succeed()
         if self._call.includes_usage:
-            await events.send(event(self._head.body([], usage(self._generations))))
+            await events.send(event(self._head.body([], self._usage(self._generations))))
 
     async def _send_chunks(self, index: int, events: EventStream) -> None:
-        generation = self._generations[index]
-        chunk = TextEvent(lambda text: self._head.body([self._choice(index, text, None)], None))
+        generation, call = self._generations[index], self._call
+        text = CompletionText(self._record.context.tokenizer, call.num_top_logprobs)
+        plain = TextEvent(lambda text: self._head.body([self._choice(index, Piece(text, None), None)], None))
+        is_begun = not call.echo
 
         def render(outputs: list[TokenOutput]) -> bytes:
-            if generation.stream.finish_reason is None:
-                return chunk.render_all(outputs)
-            choice = self._choice(index, outputs[-1].text, finish_reason(generation))
-            last = event(self._head.body([choice], usage([generation])))
-            return chunk.render_all(outputs[:-1]) + last
+            nonlocal is_begun
+            is_end = generation.stream.finish_reason is not None
+            if is_begun and not is_end and call.num_top_logprobs is None:
+                return plain.render_all(outputs)
+            pieces = [] if is_begun else [self._prompt(index, text, generation)]
+            is_begun = True
+            if not call.is_prompt_only:
+                pieces += [text.generated([output]) for output in outputs]
+            bodies = [self._head.body([self._choice(index, piece, None)], None) for piece in pieces]
+            if is_end:
+                bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
+                bodies[-1]["usage"] = self._usage([generation])
+            return b"".join(map(event, bodies))
 
         await events.send_all(generation, render)
 
+    def _usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        return usage(generations, self._call.is_prompt_only)
+
     @staticmethod
-    def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choice(index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": piece.text, "logprobs": piece.logprobs, "finish_reason": reason}

@@ -62,6 +62,12 @@ class Tokenizer(PromptEncoder, Protocol):
     def token_text(self, token_id: int) -> str:
         """A token's own text, special tokens included."""
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is left out of visible text."""
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """The visible text that each of these tokens completes."""
+
     def as_plain_text(self, value: Any) -> Any:
         """What a client wrote, such that no special token in it is encoded as one."""
 

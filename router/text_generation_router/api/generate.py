@@ -16,6 +16,7 @@ from text_generation_router.api.generation import Generation, GenerationRequest,
 from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.responses import event, json_response
+from text_generation_router.api.runs import Run, best_runs, read_runs, submit_runs
 from text_generation_router.errors import Overloaded, ShuttingDown
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import TokenOutput
@@ -90,6 +91,7 @@ def read_call(
         prefill_details=parameters.boolean("decoder_input_details"),
         grammar=read_grammar(parameters.object("grammar")),
         unsupported=tuple(parameters.refused()),
+        may_seed_runs=False,
         names={"share_penalty": "frequency_penalty"},
     )
     return GenerateCall(
@@ -100,26 +102,45 @@ def read_call(
     )
 
 
-async def _start(record: GenerationRequest, call: GenerateCall) -> Generation:
-    return record.submit(await record.validate(call.inputs, call.options), call.options)
-
-
 async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) -> web.Response:
-    record.admit()
-    generation = await _start(record, call)
-    outputs = await generation.read_all()
+    tokenizer = record.context.tokenizer
+    record.context.validator.check_options(call.options)
+    record.admit(call.options.num_runs)
+    generations = submit_runs(record, await record.validate(call.inputs, call.options), call.options)
+    best, *others = best_runs(await read_runs(generations))
     record.succeed()
-    body: dict[str, Any] = {"generated_text": call.text_before + "".join(output.text for output in outputs)}
+    body: dict[str, Any] = {"generated_text": call.text_before + best.text}
     if call.has_details:
-        body["details"] = {
-            "finish_reason": generation.finish_reason,
-            "generated_tokens": generation.stream.num_generated_tokens,
-            "seed": generation.seed,
-            "prefill": [],
-            "tokens": [token_body(output, record.context.tokenizer) for output in outputs],
-        }
-    headers = timing_headers([generation], record.context.compute_type, len(call.inputs))
+        body["details"] = _details(best, tokenizer)
+        if others:
+            body["details"]["best_of_sequences"] = [
+                {"generated_text": call.text_before + run.text, **_details(run, tokenizer)} for run in others
+            ]
+    headers = timing_headers(generations, record.context.compute_type, len(call.inputs))
     return json_response([body] if as_list else body, headers)
+
+
+def _details(run: Run, tokenizer: Tokenizer) -> dict[str, Any]:
+    generation, outputs = run.generation, run.outputs
+    details: dict[str, Any] = {
+        "finish_reason": generation.finish_reason,
+        "generated_tokens": generation.stream.num_generated_tokens,
+        "seed": generation.seed,
+        "prefill": _prefill_bodies(generation, tokenizer),
+        "tokens": [token_body(output, tokenizer) for output in outputs],
+    }
+    if generation.options.top_n_tokens:
+        details["top_tokens"] = [top_bodies(output, tokenizer) for output in outputs]
+    return details
+
+
+def _prefill_bodies(generation: Generation, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The prompt's tokens, if they were asked for and are offered; the first has no log-probability."""
+    scores = generation.first.stream.prompt_scores or []
+    return [
+        {"id": token_id, "text": tokenizer.token_text(token_id), "logprob": None if score is None else score.logprob}
+        for token_id, score in zip(generation.request.token_ids, scores, strict=False)
+    ]
 
 
 async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamResponse:
@@ -131,11 +152,12 @@ async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamRe
 
 
 async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: EventStream) -> None:
-    generation = await _start(record, call)
+    generation = record.submit(await record.validate(call.inputs, call.options), call.options)
     pieces: list[str] = []
 
     def render(outputs: list[TokenOutput]) -> bytes:
-        bodies = stream_bodies(outputs, len(pieces) + 1, record.context.tokenizer)
+        has_top = bool(call.options.top_n_tokens)
+        bodies = stream_bodies(outputs, len(pieces) + 1, record.context.tokenizer, has_top)
         pieces.extend(output.text for output in outputs)
         if generation.stream.finish_reason is not None:
             bodies[-1]["generated_text"] = call.text_before + "".join(pieces)
@@ -155,11 +177,30 @@ def _stream_details(generation: Generation) -> dict[str, Any]:
     }
 
 
-def stream_bodies(outputs: Sequence[TokenOutput], first_index: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def stream_bodies(
+    outputs: Sequence[TokenOutput], first_index: int, tokenizer: Tokenizer, has_top_tokens: bool = False
+) -> list[dict[str, Any]]:
     """The events of some tokens, counted from `first_index`."""
-    return [
+    bodies: list[dict[str, Any]] = [
         {"index": index, "token": token_body(output, tokenizer), "generated_text": None, "details": None}
         for index, output in enumerate(outputs, first_index)
+    ]
+    if has_top_tokens:
+        for body, output in zip(bodies, outputs, strict=True):
+            body["top_tokens"] = top_bodies(output, tokenizer)
+    return bodies
+
+
+def top_bodies(output: TokenOutput, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The most likely tokens at the place of a token, by their own texts."""
+    return [
+        {
+            "id": token_id,
+            "text": tokenizer.token_text(token_id),
+            "logprob": logprob,
+            "special": tokenizer.is_special(token_id),
+        }
+        for token_id, logprob in output.top_tokens
     ]
 
 

@@ -35,7 +35,7 @@ _MAX_IGNORED_HEADER_CHARACTERS = 512
 
 
 class Generation:
-    """One prompt being extended."""
+    """One prompt being extended; of several runs of it, one."""
 
     def __init__(
         self,
@@ -44,8 +44,11 @@ class Generation:
         options: GenerationOptions,
         stream: TokenStream,
         timings: Timings,
+        first: "Generation | None" = None,
     ) -> None:
+        """`first`: the run of the same prompt that was queued before, if this is another one."""
         self.request = request
+        self.first = first or self
         self.options = options
         self.stream = stream
         self.timings = timings
@@ -189,12 +192,12 @@ class GenerationRequest:
             log_prompt(self._identity, prompt)
         return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
 
-    def submit(self, request: ValidRequest, options: GenerationOptions) -> Generation:
-        """Queue one prompt, made with these options."""
+    def submit(self, request: ValidRequest, options: GenerationOptions, first: Generation | None = None) -> Generation:
+        """Queue one prompt, made with these options; or a further run of the prompt of `first`."""
         self._metrics.validated(len(request.token_ids), request.max_new_tokens)
         timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
         stream = self.context.engine.submit(request, timings)
-        generation = Generation(self.context, request, options, stream, timings)
+        generation = Generation(self.context, request, options, stream, timings, first)
         self._generations.append(generation)
         if self._trace is not None and self._trace.is_recorded:
             stream.prefills = []
@@ -235,17 +238,6 @@ async def together(work: list[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def read_texts(generations: Sequence[Generation]) -> list[str]:
-    """The whole text of each; the first error ends the rest and is raised."""
-    texts = [""] * len(generations)
-
-    async def read(index: int) -> None:
-        texts[index] = "".join(output.text for output in await generations[index].read_all())
-
-    await together([read(index) for index in range(len(generations))])
-    return texts
-
-
 def durations_ms(generation: Generation) -> tuple[int, int, int, int, int]:
     """Total, validation, queue, inference and per token, in whole milliseconds."""
     timings = generation.timings
@@ -260,7 +252,12 @@ def durations_ms(generation: Generation) -> tuple[int, int, int, int, int]:
     )
 
 
-def timing_headers(generations: list[Generation], config_compute_type: str, num_characters: int) -> dict[str, str]:
+def prompts_of(generations: Sequence[Generation]) -> list[TokenStream]:
+    """The streams that count for the prompts: of several runs of one prompt, that of the first."""
+    return list({id(one.first): one.first.stream for one in generations}.values())
+
+
+def timing_headers(generations: Sequence[Generation], config_compute_type: str, num_characters: int) -> dict[str, str]:
     """TGI's headers of a complete answer; of several prompts the longest times and the sums of tokens."""
     durations = [max(values) for values in zip(*map(durations_ms, generations), strict=True)]
     total_s = max(g.timings.finished_ns - g.timings.received_ns for g in generations) / 1e9
@@ -270,6 +267,6 @@ def timing_headers(generations: list[Generation], config_compute_type: str, num_
         "x-compute-time": f"{total_s:.6f}",
         "x-compute-characters": str(num_characters),
         **{name: str(value) for name, value in zip(names, durations, strict=True)},
-        "x-prompt-tokens": str(sum(g.stream.num_prompt_tokens for g in generations)),
+        "x-prompt-tokens": str(sum(stream.num_prompt_tokens for stream in prompts_of(generations))),
         "x-generated-tokens": str(sum(g.stream.num_generated_tokens for g in generations)),
     }

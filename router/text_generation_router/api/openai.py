@@ -1,7 +1,7 @@
 """What both OpenAI routes share: sampling parameters, names, usage and finish reasons."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from aiohttp import web
 from text_generation_router.api.context import Context
 from text_generation_router.api.event_stream import EventStream, stream_answer
 from text_generation_router.api.fields import Fields
-from text_generation_router.api.generation import Generation, GenerationRequest
+from text_generation_router.api.generation import Generation, GenerationRequest, prompts_of
 from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.openai_schema import MAX_MODEL_NAME_CHARACTERS, MAX_USER_CHARACTERS
 from text_generation_router.api.options import read_shared_options
@@ -138,11 +138,12 @@ def finish_reason(generation: Generation) -> str:
     return _FINISH_REASONS[generation.finish_reason]
 
 
-def usage(generations: list[Generation]) -> dict[str, Any]:
-    """Token counts, summed over the prompts."""
-    num_prompt = sum(generation.stream.num_prompt_tokens for generation in generations)
-    num_generated = sum(generation.stream.num_generated_tokens for generation in generations)
-    num_cached = sum(generation.stream.num_cached_tokens for generation in generations)
+def usage(generations: Sequence[Generation], is_prompt_only: bool = False) -> dict[str, Any]:
+    """Token counts, summed over the prompts and over all runs of them."""
+    prompts = prompts_of(generations)
+    num_prompt = sum(stream.num_prompt_tokens for stream in prompts)
+    num_cached = sum(stream.num_cached_tokens for stream in prompts)
+    num_generated = 0 if is_prompt_only else sum(one.stream.num_generated_tokens for one in generations)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,

@@ -168,8 +168,19 @@ COMPLETIONS_BODY = ObjectSchema(
         ),
         *SHARED,
         Parameter("suffix", Kind.REFUSED, "Text after the completion; no model here fills gaps.", neutral=("",)),
-        Parameter("echo", Kind.REFUSED, "Whether the text begins with the prompt.", neutral=(False,)),
-        Parameter("logprobs", Kind.REFUSED, "Log-probabilities of the tokens.", neutral=(False,)),
+        Parameter(
+            "echo",
+            Kind.BOOLEAN,
+            "Whether the text begins with the prompt. With `logprobs` the prompt's tokens have theirs too, but for the "
+            "first one; `max_tokens` may then be 0, for the prompt alone.",
+            False,
+        ),
+        Parameter(
+            "logprobs",
+            Kind.INTEGER,
+            "Whether to add the log-probability of each token, and how many of the best tokens to show at its place.",
+            range_name="top_n_tokens",
+        ),
         Parameter("grammar", Kind.REFUSED, "Use `response_format`."),
     ),
 )

@@ -12,8 +12,9 @@ from text_generation_router.api.chat_schema import CHAT_BODY
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generate import read_call
 from text_generation_router.api.generate_schema import GENERATE_BODY
-from text_generation_router.api.generation import GenerationRequest, read_texts, timing_headers
+from text_generation_router.api.generation import GenerationRequest, timing_headers
 from text_generation_router.api.responses import json_response
+from text_generation_router.api.runs import read_runs
 from text_generation_router.api.schema import Kind, ObjectSchema, Parameter
 from text_generation_router.errors import BatchSizeExceeded
 from text_generation_router.generation_options import GenerationOptions
@@ -60,11 +61,14 @@ async def vertex(request: web.Request) -> web.StreamResponse:
             )
         record.admit(len(instances))
         prompts = [await _read_instance(record, body, instance) for instance in instances]
+        for name in ("n", "best_of"):
+            if any((getattr(one.options, name) or 1) > 1 for one in prompts):
+                raise body.error("instances", f"are answered once each: `{name}` above 1 is not supported here")
         left_out = [f"instances.{name}" for name in _LEFT_OUT if any(name in instance for instance in instances)]
         record.note_ignored(body, *left_out)
         valid = [await record.validate(one.text, one.options, one.adds_special_tokens) for one in prompts]
         generations = [record.submit(one, prompt.options) for one, prompt in zip(valid, prompts, strict=True)]
-        texts = await read_texts(generations)
+        texts = [run.text for run in await read_runs(generations)]
         record.succeed()
         headers = timing_headers(generations, record.context.compute_type, sum(len(one.text) for one in prompts))
         return json_response({"predictions": texts}, headers)
