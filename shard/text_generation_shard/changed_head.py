@@ -13,15 +13,13 @@ from text_generation_kernels.sampling import Sampled, SamplingParameters, choose
 
 from text_generation_shard import distributed
 from text_generation_shard.changed_logits import ChangedLogits, Watermark
-from text_generation_shard.sampling_columns import RowChange, SamplingColumns
+from text_generation_shard.sampling_columns import MAX_TOP_N_TOKENS, RowChange, SamplingColumns
 from text_generation_shard.step import TopTokens
 from text_generation_shard.step_buffers import to_device, to_host
 from text_generation_shard.step_inputs import Int64Array
 from text_generation_shard.token_scores import find_candidates, tell_top_tokens
 
 ROWS_AT_ONCE = 128
-# Float32 rows that a piece needs at its worst: its logits, those of rows that want top tokens, their probabilities.
-_NUM_COPIES = 3
 
 
 class _Piece(NamedTuple):
@@ -66,10 +64,22 @@ class ChangedHead:
         """See ChangedLogits."""
         return self._changed.update(row_changes)
 
-    @staticmethod
-    def take_most_memory(vocab_size: int, device: torch.device) -> torch.Tensor:
-        """As much as `choose` takes beside the logits it is given: for a step that measures the worst case."""
-        return torch.empty(_NUM_COPIES * ROWS_AT_ONCE, vocab_size, dtype=torch.float32, device=device)
+    def run_worst_case(
+        self,
+        logits: torch.Tensor,  # [S, V]
+        parameters: SamplingParameters,
+        rows: torch.Tensor,  # [S] int32, of rows that have nothing set
+        previous: torch.Tensor,  # [S] int64
+    ) -> torch.Tensor:
+        """As much as `choose` may launch and take for one piece; answers the changed logits."""
+        piece = slice(0, ROWS_AT_ONCE)
+        own = SamplingParameters(*(column[piece] for column in parameters))
+        changed = self._changed.launch_all(logits[piece], rows[piece], own.positions, previous[piece])
+        choose_best(changed)
+        sample(changed, own)
+        index = torch.arange(len(changed), device=self._device)
+        find_candidates(final_logprobs(changed[index], own), MAX_TOP_N_TOKENS)
+        return changed
 
     def choose(
         self,

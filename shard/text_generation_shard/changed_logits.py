@@ -130,6 +130,18 @@ class ChangedLogits:
             self._records.penalize(logits, rows, positions, self._penalties)
         return logits
 
+    def launch_all(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, previous: torch.Tensor
+    ) -> torch.Tensor:
+        """All that `apply` and `count` may launch, for rows of which none has anything set."""
+        logits = logits.float()
+        self._biases.add(logits, rows, positions)
+        samples = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        add_to_green_tokens(logits, samples, previous[samples], self._watermark.gamma, self._watermark.delta)
+        self._records.penalize(logits, rows, positions, self._penalties)
+        self._records.count(previous, rows, self._penalties)
+        return logits
+
     def count(self, tokens: torch.Tensor, batch_rows: Int64Array, rows: torch.Tensor) -> None:
         """Tokens were chosen for these rows: later steps know of them."""  # [S] int64, [S] int32
         if self._has_penalties[batch_rows].any():

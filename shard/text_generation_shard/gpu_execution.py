@@ -136,9 +136,13 @@ class GpuExecution:
         self._allocate(limits)
         self._kv_caches = kv_caches
         self._run_layers("mixed", limits.max_step_tokens)
-        changed = ChangedHead.take_most_memory(limits.vocab_size, self._device)
-        self._run_head(limits.max_num_sequences, has_random=True)
-        del changed
+        num_rows, buffer = limits.max_num_sequences, self._buffers.device
+        self._run_head(num_rows, has_random=True)
+        logits = self._model.model.compute_logits(self._sampled_hidden[:num_rows])
+        changed = self._changed_head.run_worst_case(
+            logits, self._parameters(num_rows), buffer["sampling_rows"], self._last_tokens[:num_rows]
+        )
+        mask_tokens(changed, self._masks, buffer["mask_rows"][: len(changed)])
 
     def start(self, limits: BatchLimits, kv_caches: KvCaches) -> None:
         """Record the steps, the largest first: their memory serves the smaller ones."""

@@ -15,7 +15,9 @@ from text_generation_kernels.gpu import Gpu, gpu_of
 from text_generation_kernels.launch_settings import GPU_CLASSES, SETTINGS, gpu_class, settings_of_class
 
 
-@pytest.mark.parametrize("operation", ["rms_norm", "gated_activation", "rotary_kv_write", "skinny_matmul", "sampling"])
+@pytest.mark.parametrize(
+    "operation", ["rms_norm", "gated_activation", "rotary_kv_write", "skinny_matmul", "sampling", "logits_changes"]
+)
 def test_rehearsal(operation, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a rehearsal is for machines without a GPU: here the benchmarks themselves run")
