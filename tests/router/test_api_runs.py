@@ -167,7 +167,7 @@ def test_each_run_takes_a_permit(serving, client_of):
             served.context.permits.take(1)
             async with served.client.post("/v1/completions", json={"prompt": "a", "n": 3}) as response:
                 assert response.status == 429
-            served.context.permits.give_back(1, 0.0)
+            served.context.permits.give_back(1, "", is_served=False)
 
     asyncio.run(run())
 
