@@ -149,6 +149,25 @@ def test_forty_prompts_sent_at_once(variant: Server, reference: Reference, make_
     check_at_once(variant, reference, make_prompts(LENGTHS + MORE_LENGTHS))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_forty_prompts_found_in_the_cache(exact: Server, reference: Reference, make_prompts: Any) -> None:
+    prompts = make_prompts(LENGTHS + MORE_LENGTHS)
+    check_at_once(exact, reference, prompts)
+    hits = exact.metric("tgi_prefix_cache_hit_tokens")
+    check_at_once(exact, reference, prompts)
+    most = sum((len(prompt.ids) - 1) // 16 * 16 for prompt in prompts)
+    assert exact.metric("tgi_prefix_cache_hit_tokens") - hits == most
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_forty_prompts_preempted(serve: Any, reference: Reference, make_prompts: Any) -> None:
+    with serve("--dtype", "float32", "--max-batch-total-tokens", "1536") as server:
+        check_at_once(server, reference, make_prompts(LENGTHS + MORE_LENGTHS))
+        assert server.metric("tgi_preemptions") > 0
+
+
 def test_prefix_hits(exact: Server, reference: Reference, make_prompts: Any) -> None:
     """The same prompts again, and new ones that share the beginning of an earlier one."""
     first, second = make_prompts([120, 333])
