@@ -195,7 +195,8 @@ class Engine:
 
     def shard_processes(self) -> list[ShardProcess]:
         """The processes of the ranks; none while there are no shards."""
-        return [] if self._group is None else self._group.shards.processes
+        group = self._group  # which another thread may ask for while it changes
+        return [] if group is None else group.shards.processes
 
     def unfinished_ids(self) -> list[int]:
         """Sequences that have not ended, by the ids that their streams have."""
@@ -353,15 +354,19 @@ class Engine:
     async def _fill_pipeline(self) -> None:
         """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none."""
         await self._send_plans()
-        if self._is_probe_due and not self._in_flight:
+        if self._is_probe_due and not self._in_flight and self._failure is None:
             await self._send(self._scheduler.probe())
         self._is_probe_due = False
 
     async def _send_plans(self) -> None:
         """Results that wait to be handed out hold plans back, so that they cannot pile up before fast shards."""
-        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT and self._publisher.num_waiting <= MAX_RESULTS_BEHIND:
-            was_held = self._due is not None
-            if self._in_flight and self._hold_back():
+        while (
+            self._failure is None
+            and len(self._in_flight) < MAX_PLANS_IN_FLIGHT
+            and self._publisher.num_waiting <= MAX_RESULTS_BEHIND
+        ):
+            was_held = self._due is not None and bool(self._in_flight)
+            if self._hold_back():
                 return
             if (plan := self._scheduler.schedule()) is None:
                 return
@@ -369,11 +374,13 @@ class Engine:
 
     def _hold_back(self) -> bool:
         """Whether the plan behind the running step is not due yet; the loop is then woken when it is."""
-        now_ns = time.monotonic_ns()
-        due_ns = self._timing.due_ns(self._in_flight[0], now_ns)
         if self._due is not None:
             self._due.cancel()
             self._due = None
+        if not self._in_flight:
+            return False
+        now_ns = time.monotonic_ns()
+        due_ns = self._timing.due_ns(self._in_flight[0], now_ns)
         if due_ns <= now_ns:
             return False
         self._due = asyncio.get_running_loop().call_later((due_ns - now_ns) / 1e9, self._wakeup.set)
@@ -383,11 +390,11 @@ class Engine:
         assert self._group is not None
         now_ns = time.monotonic_ns()
         self._in_flight.append(PlanInFlight(plan, now_ns, is_held))
+        self._report.sent(plan)
         for new in plan.new_sequences:
             if (output := self._publisher.get(new.sequence_id)) is not None:
                 output.stream.note_scheduled(now_ns, output.sequence.num_cached_tokens)
         await self._group.shards.send(plan)
-        self._report.sent(plan)
 
 
 async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metrics) -> Engine:

@@ -71,8 +71,11 @@ class ShardSupply:
                     return await self._prepare_again(grammars())
             except TimeoutError:
                 lost = ShardFailure("the shards did not get ready in time", is_stuck=True)
-            except (ShardFailure, OSError) as error:
-                lost = error if isinstance(error, ShardFailure) else ShardFailure(str(error))
+            except ShardFailure as error:
+                lost = error
+            except Exception as error:  # whatever a group does while it gets ready: another one may do better
+                logger.exception("Group %d of the shards broke off", self._generation)
+                lost = ShardFailure(repr(error))
             logger.error("Group %d of the shards: %s", self._generation, lost)
 
     async def _prepare_again(self, grammars: Iterable[str]) -> ShardGroup:

@@ -168,6 +168,16 @@ class Harness:
         self.blocks.check()
         return True
 
+    def lose_shards(self) -> None:
+        """Whatever they held and were about to answer is gone; others take their place."""
+        self.in_flight.clear()
+        self.shard.rows.clear()
+        self.shard.slots.clear()
+        for culprit in self.scheduler.start_over():
+            self.scheduler.finish(culprit)
+            self.failed.add(culprit.sequence_id)
+        self.blocks.check()
+
     def run_until_idle(self, max_steps: int = 5000) -> None:
         while self.advance():
             assert self.num_steps < max_steps, "no end in sight"
@@ -201,6 +211,7 @@ actions = st.lists(
         st.tuples(st.just("cancel"), st.integers(0, 40)),
         st.tuples(st.just("fail"), st.integers(0, 40)),
         st.tuples(st.just("advance"), st.integers(1, 4)),
+        st.tuples(st.just("lose")),
     ),
     max_size=60,
 )
@@ -232,6 +243,8 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
                 cancelled.add(sequence.sequence_id)
         elif action[0] == "fail" and action[1] < len(sequences):
             harness.shard.failing.add(sequences[action[1]].sequence_id)
+        elif action[0] == "lose":
+            harness.lose_shards()
         elif action[0] == "advance":
             for _ in range(action[1]):
                 harness.advance()
@@ -255,6 +268,46 @@ def test_a_small_memory_preempts_and_everything_still_comes_out_right():
     assert harness.scheduler.num_recomputed_tokens == num_recomputed > 0
     for sequence in sequences:
         assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
+
+
+def test_shards_are_lost_while_the_token_of_a_preempted_sequence_is_on_its_way():
+    harness = Harness(12, 4, SchedulerLimits(16, 8))
+    sequences = [harness.add(make_request([i, i + 1, i + 2], 40, ignore_eos=True)) for i in range(6)]
+    while not any(sequence.num_preemptions and sequence.num_pending_tokens for sequence in sequences):
+        assert harness.advance()
+        harness.send()
+    harness.lose_shards()
+    harness.run_until_idle()
+    for sequence in sequences:
+        assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
+
+
+def test_who_got_past_a_loss_is_not_blamed_for_a_later_one():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(4)]
+    for _ in range(2):
+        for _ in range(20):
+            harness.advance()
+        harness.lose_shards()
+    harness.run_until_idle()
+    assert not harness.failed
+    for sequence in sequences:
+        assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
+
+
+def test_who_loses_the_shards_twice_in_a_row_ends_alone():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(3)]
+    harness.advance()
+    harness.lose_shards()
+    harness.advance()
+    [on_trial] = harness.shard.rows
+    harness.lose_shards()
+    harness.run_until_idle()
+    assert harness.failed == {on_trial}
+    for sequence in sequences:
+        if sequence.sequence_id != on_trial:
+            assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
 
 
 def test_a_long_prompt_does_not_stall_running_streams():
