@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +92,12 @@ def noted_launches(gpu: Gpu) -> Iterator[list[Variant]]:
         yield variants
 
 
-def compile_variants(variants: Sequence[Variant], gpu: Gpu, num_processes: int) -> int:
+def compile_variants(
+    variants: Sequence[Variant], gpu: Gpu, num_processes: int, begin: Callable[[], None] = lambda: None
+) -> int:
     """Compile what Triton's cache lacks, each variant in a process of its own; answers how many could not be.
+
+    Each process calls `begin` first.
 
     For a process that has one thread and that runs nothing on a GPU.
     """
@@ -104,7 +108,7 @@ def compile_variants(variants: Sequence[Variant], gpu: Gpu, num_processes: int) 
     while left or running:
         if left and len(running) < num_processes:
             variant = left.pop()
-            running[_compile_beside(variant, gpu)] = variant.name
+            running[_compile_beside(variant, gpu, begin)] = variant.name
         else:
             pid, status = os.wait()
             name = running.pop(pid)
@@ -114,7 +118,7 @@ def compile_variants(variants: Sequence[Variant], gpu: Gpu, num_processes: int) 
     return num_failed
 
 
-def _compile_beside(variant: Variant, gpu: Gpu) -> int:
+def _compile_beside(variant: Variant, gpu: Gpu, begin: Callable[[], None]) -> int:
     """The id of a new process that compiles the variant, and ends."""
     sys.stderr.flush()
     pid = os.fork()
@@ -122,6 +126,7 @@ def _compile_beside(variant: Variant, gpu: Gpu) -> int:
         return pid
     status = 1
     try:
+        begin()
         with _compiling_for(gpu):
             variant.kernel.preload(variant.specialization)
         status = 0

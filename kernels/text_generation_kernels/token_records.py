@@ -49,6 +49,11 @@ class TokenRecords:
         self._chunks[row // ROWS_PER_CHUNK] = chunk
         self._addresses[row // ROWS_PER_CHUNK] = chunk.data_ptr()
 
+    def release(self, row: int) -> None:
+        """Give back what `allocate` took."""
+        self._chunks[row // ROWS_PER_CHUNK] = None
+        self._addresses[row // ROWS_PER_CHUNK] = 0
+
     def start(self, row: int, token_ids: torch.Tensor, values: torch.Tensor) -> None:
         """Begin a row's record with these tokens."""  # [n] int64, [n] int16
         record = self._record(row)

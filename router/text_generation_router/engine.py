@@ -100,16 +100,17 @@ class Engine:
 
     # The requests' side.
 
-    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+    def submit(self, request: ValidRequest, timings: Timings, is_further: bool = False) -> TokenStream:
         """Queue a request, also while draining or without shards. Raises ShuttingDown and Unhealthy after the end.
 
-        Raises QueueFull when too many prompt tokens wait.
+        Raises QueueFull when too many prompt tokens wait, unless it is a further run of a prompt that was let in.
         """
         if self.failed.is_set():
             raise Unhealthy
         if self._is_over:
             raise ShuttingDown
-        self._check_room(request)
+        if not is_further:
+            self._check_room(request)
         sequence = self._scheduler.add(request)
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(sequence.num_prompt_tokens, sequence.sequence_id, timings)

@@ -10,6 +10,8 @@ from text_generation_router.valid_request import LogitsChanges, SamplingParamete
 
 # Beyond these a factor of the logits changes nothing but overflows float32.
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
+# A smaller share could become 0 as the shards' 32-bit number, which means something else; it keeps one token anyhow.
+MIN_SHARE = 1e-6
 # Seeds that are made here: reported, they survive clients that read numbers as doubles.
 SEED_BITS = 53
 
@@ -27,9 +29,9 @@ def sampling_parameters(
     return SamplingParameters(
         temperature=1.0 if options.temperature is None else _bounded(options.temperature),
         top_k=top_k if top_k < vocab_size else 0,
-        top_p=1.0 if options.top_p is None else options.top_p,
+        top_p=1.0 if options.top_p is None else max(options.top_p, MIN_SHARE),
         min_p=options.min_p or 0.0,
-        typical_p=1.0 if options.typical_p is None else options.typical_p,
+        typical_p=1.0 if options.typical_p is None else max(options.typical_p, MIN_SHARE),
         seed=seed,
         changes=changes,
         top_n_tokens=options.top_n_tokens or 0,

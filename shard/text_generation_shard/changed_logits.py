@@ -105,9 +105,13 @@ class ChangedLogits:
             return True
         try:
             self._records.allocate(row)
+            has_memory = 1
         except torch.OutOfMemoryError:
-            return bool(self._agree(0))
-        return bool(self._agree(1))
+            has_memory = 0
+        if self._agree(has_memory):
+            return True
+        self._records.release(row)  # where it was allocated: ranks must agree on what they have
+        return False
 
     def apply(
         self,

@@ -68,9 +68,8 @@ class InputBatch:
         self._grow(plan)
         return failures
 
-    def drop(self, sequence_id: int) -> None:
-        """A sequence has failed: it leaves the batch, and the router may name it until it learns of that."""
-        self._remove(sequence_id)
+    def fail(self, sequence_id: int) -> None:
+        """A sequence has failed: nothing more is said of it, but others may share what its row computes."""
         self._failed_ids.add(sequence_id)
 
     def prepare(self, plan: StepPlan) -> StepInputs | None:

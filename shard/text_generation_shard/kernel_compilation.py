@@ -30,8 +30,12 @@ GPU_NAMES = Path("/proc/driver/nvidia/gpus")
 
 
 def start_compilation(config: ShardConfig) -> "KernelCompilation | None":
-    """The process, or None where an earlier one has left nothing to do."""
-    mark = compiled_mark(config)
+    """The process, or None where an earlier one has left nothing to do, or where this cannot be told."""
+    try:
+        mark = compiled_mark(config)
+    except (OSError, importlib.metadata.PackageNotFoundError) as error:
+        logger.warning("Kernels will be compiled as they are used: %s", error)
+        return None
     return None if mark.exists() else KernelCompilation(config, mark)
 
 

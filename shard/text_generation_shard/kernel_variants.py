@@ -101,7 +101,7 @@ def main() -> int:
     gpu = gpu_of(device)
     assert gpu is not None
     noted = variants(model_config, config.world_size, choose_dtype(config.dtype, model_config.dtype, device), gpu)
-    return 1 if compile_variants(noted, gpu, len(os.sched_getaffinity(0))) else 0
+    return 1 if compile_variants(noted, gpu, len(os.sched_getaffinity(0)), end_with_parent) else 0
 
 
 if __name__ == "__main__":

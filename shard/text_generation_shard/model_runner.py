@@ -149,7 +149,7 @@ class ModelRunner:
         self._follow_grammars(plan, failures)
         if batch.sampling.has_row_changes:
             for sequence_id, reason in self._execution.update_rows(batch).items():
-                batch.drop(sequence_id)
+                batch.fail(sequence_id)
                 failures[sequence_id] = reason
         inputs = batch.prepare(plan)
         if inputs is None:

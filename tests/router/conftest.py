@@ -122,7 +122,7 @@ class FakeEngine:
         self.healthy = self.alive = True
         self._running: dict[int, tuple[TokenStream, asyncio.Task[None]]] = {}
 
-    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+    def submit(self, request: ValidRequest, timings: Timings, is_further: bool = False) -> TokenStream:
         if self.is_over:
             raise ShuttingDown
         self.log.append(request)

@@ -201,7 +201,7 @@ def test_by_default_four_times_the_memory_may_wait_for_any_time():
 )
 def test_a_full_queue_is_a_429_on_every_route(serving, make_engine, path, body):
     class FullEngine(make_engine):
-        def submit(self, request: ValidRequest, timings: Timings):
+        def submit(self, request: ValidRequest, timings: Timings, is_further: bool = False):
             raise QueueFull(": 9 prompt tokens wait, at most 8 may")
 
         def num_waiting(self) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,8 @@ def test_seeds():
 def test_values_fit_the_protocol():
     """float32 and uint32 on the wire, and no overflow of logits."""
     assert validate("a", temperature=1e-300).sampling.temperature == 1e-6
+    for name in ("top_p", "typical_p"):
+        assert 0 < np.float32(getattr(validate("a", **{name: 1e-50}).sampling, name)) < 1e-5
     assert validate("a", temperature=1e300).sampling.temperature == 1e6
     assert validate("a", top_k=999).sampling.top_k == 999
     # All tokens are kept: the same as off, though it still samples.

@@ -154,7 +154,11 @@ class _Answer:
         pieces = [self._prompt(index, text, run.generation)] if self._call.echo else []
         if not self._call.is_prompt_only:
             pieces.append(text.generated(run.outputs))
-        return self._choice(index, joined(pieces), finish_reason(run.generation))
+        return self._choice(index, joined(pieces), self._finish_reason(run.generation))
+
+    def _finish_reason(self, generation: Generation) -> str:
+        """Of a prompt that is only told, the token that nobody sees ends nothing."""
+        return "length" if self._call.is_prompt_only else finish_reason(generation)
 
     def _prompt(self, index: int, text: CompletionText, generation: Generation) -> Piece:
         prompt = self._call.prompts[index // self._call.options.num_answers]
@@ -187,7 +191,7 @@ class _Answer:
                 pieces += [text.generated([output]) for output in outputs]
             bodies = [self._head.body([self._choice(index, piece, None)], None) for piece in pieces]
             if is_end:
-                bodies[-1]["choices"][0]["finish_reason"] = finish_reason(generation)
+                bodies[-1]["choices"][0]["finish_reason"] = self._finish_reason(generation)
                 bodies[-1]["usage"] = self._usage([generation])
             return b"".join(map(event, bodies))
 

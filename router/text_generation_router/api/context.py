@@ -31,7 +31,7 @@ class Engine(Protocol):
     def limits(self) -> Limits:
         """Known after warm-up."""
 
-    def submit(self, request: ValidRequest, timings: Timings) -> TokenStream:
+    def submit(self, request: ValidRequest, timings: Timings, is_further: bool = False) -> TokenStream:
         """Queue a request; raises ShuttingDown after `end_all`, and QueueFull."""
 
     def cancel(self, stream: TokenStream) -> None:

@@ -196,7 +196,7 @@ class GenerationRequest:
         """Queue one prompt, made with these options; or a further run of the prompt of `first`."""
         self._metrics.validated(len(request.token_ids), request.max_new_tokens)
         timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
-        stream = self.context.engine.submit(request, timings)
+        stream = self.context.engine.submit(request, timings, is_further=first is not None)
         generation = Generation(self.context, request, options, stream, timings, first)
         self._generations.append(generation)
         if self._trace is not None and self._trace.is_recorded:

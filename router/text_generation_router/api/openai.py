@@ -17,6 +17,7 @@ from text_generation_router.api.options import read_shared_options
 from text_generation_router.api.request_id import new_request_id
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason
+from text_generation_router.validation import MAX_LOGIT_BIASES
 
 DONE = b"data: [DONE]\n\n"
 MAX_TOKEN_ID_DIGITS = 10
@@ -67,6 +68,8 @@ def read_options(
 def _read_logit_bias(body: Fields) -> dict[int, float]:
     """Token ids, which JSON's names can only be as text, to numbers."""
     biases = body.mapping("logit_bias") or {}
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise body.error("logit_bias", f"may name at most {MAX_LOGIT_BIASES} tokens")
     for name, value in biases.items():
         if not (name.isascii() and name.isdecimal() and len(name) <= MAX_TOKEN_ID_DIGITS):
             raise body.error("logit_bias", "names must be token ids, as text")
