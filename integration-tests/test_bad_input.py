@@ -91,7 +91,7 @@ OPENAI: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "validation", "`suffix`"),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "validation", "`max_new_tokens` must be strictly positive"),
     (COMPLETIONS, {"prompt": "a", "temperature": -1}, "validation", "`temperature`"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 1}}, "validation", "`logit_bias`"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 101}}, "validation", "`logit_bias`"),
     (CHAT, {}, "validation", "`messages`"),
     (CHAT, {"messages": []}, "validation", "`messages`"),
     (CHAT, {"messages": "Hello"}, "validation", "`messages`"),

@@ -91,7 +91,7 @@ def test_each_request_moves_the_counters_once(demo: Server) -> None:
 def test_the_log_has_the_lines_that_scripts_wait_for(demo: Server) -> None:
     before = demo.log().count("Success")
     demo.generate("A secret prompt", max_new_tokens=1)
+    demo.wait_for(lambda: demo.log().count("Success") == before + 1, "the line of the request", 10.0)
     log = demo.log()
     assert "Connected" in log
-    assert log.count("Success") == before + 1
     assert "A secret prompt" not in log

@@ -23,6 +23,8 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.model_family import ModelFamily
 from text_generation_router.scheduler import Scheduler, SchedulerLimits
 from text_generation_router.schema_checks import RefusedGrammar
+from text_generation_router.shard_client import ShardInfo
+from text_generation_router.shard_group import ShardGroup
 from text_generation_router.token_scores import PromptScore
 from text_generation_router.token_stream import FinishReason, Timings, TokenOutput, TokenStream
 from text_generation_router.tokenizer import Tokenizer, TokenSpan
@@ -300,3 +302,27 @@ def bytes_to_characters(alphabet: list[str]) -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(character for character in alphabet if ord(character) >= 256)
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+class NeverStuck:
+    """Progress of shards that always make some."""
+
+    def stuck_rank(self, unanswered) -> None:
+        return None
+
+
+class NoMoreGroups:
+    """The supply of an engine whose shards are never lost."""
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def only_group():
+    """Makes an engine's supply and its first group out of scripted shards."""
+
+    def make(shards, num_blocks: int) -> tuple[NoMoreGroups, ShardGroup]:
+        return NoMoreGroups(), ShardGroup(shards, NeverStuck(), ShardInfo("cpu", "float32", 257, 256, 4), num_blocks)
+
+    return make

@@ -71,14 +71,13 @@ class Request:
 class Life:
     """An engine, its shard, and the books; the KV memory holds 16 blocks of 4 tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, only_group: Any) -> None:
         self.shard = CountingShard()
         self.metrics = Metrics()
         self.metrics.set_limits(100, 100)
         scheduler = Scheduler(SchedulerLimits(16, 8), BlockManager(16, 4), tokenizer.eos_token_ids)
         limits = Limits(60, 64, 257, "cpu")
-        progress = type("NeverOverdue", (), {"overdue_rank": lambda self: None})()
-        self.engine = Engine(scheduler, self.shard, progress, tokenizer, self.metrics, limits)
+        self.engine = Engine(scheduler, *only_group(self.shard, 16), tokenizer, self.metrics, limits)
         self.open = OpenRequests(self.metrics, self.engine.unfinished_ids)
 
     def submit(self, prompt: bytes, num_tokens: int, stop: tuple[str, ...] = ()) -> Request:
@@ -127,12 +126,12 @@ class Life:
 
 
 @pytest.fixture
-def living(tokenizer):
+def living(tokenizer, only_group):
     """Runs a test's body beside an engine; in the end nothing may be held, and the shard's own count must come out."""
 
     def run(body) -> None:
         async def main() -> None:
-            life = Life(tokenizer)
+            life = Life(tokenizer, only_group)
             life.engine.start()
             async with asyncio.timeout(20):
                 await body(life)

@@ -70,7 +70,7 @@ def asyncio_now_ns() -> int:
 
 
 @pytest.fixture
-def living(tokenizer):
+def living(tokenizer, only_group):
     """Runs a test's body beside an engine; in the end nothing waits and all blocks are free."""
 
     def run(body, **limits) -> None:
@@ -78,10 +78,10 @@ def living(tokenizer):
             scheduler = Scheduler(SchedulerLimits(256, 1), BlockManager(64, 4), tokenizer.eos_token_ids)
             metrics, shard = Metrics(), OneAtATime()
             metrics.set_limits(100, 100)
-            progress = type("NeverOverdue", (), {"overdue_rank": lambda self: None})()
             engine = Engine(
-                scheduler, shard, progress, tokenizer, metrics, Limits(200, 256, 257, "cpu"), QueueLimits(**limits)
-            )
+                scheduler, *only_group(shard, 64), tokenizer, metrics, Limits(200, 256, 257, "cpu"),
+                QueueLimits(**limits),
+            )  # fmt: skip
             engine.start()
             async with asyncio.timeout(20):
                 await body(Life(engine, shard, scheduler))
