@@ -68,13 +68,12 @@ def test_a_stream_outlives_its_shards(launch: Any, tiny_model: Path, number: sig
             events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
         assert [event["token"]["id"] for event in events] == [token["id"] for token in expected][1:]
         assert server.get("/health/ready").status == 200
-        log = server.log()
         assert not any(shard.is_running() for shard in shards)
         if number == signal.SIGSTOP:
-            assert "last operation" in log
-            assert "stopped" in log
+            server.wait_for(lambda: "last operation" in server.log(), "what the shard did last in the log", 10.0)
+            assert "stopped" in server.log()
         else:
-            assert f"shard-{num_shards - 1} was ended by signal SIGKILL" in log
+            assert f"shard-{num_shards - 1} was ended by signal SIGKILL" in server.log()
         server.stop()
 
 
