@@ -113,12 +113,9 @@ class Scheduler:
         """The shards are lost, and all blocks with them: what was in the batch waits to be computed again.
 
         Answers the sequences, not ended yet, that may have caused two losses. All that ran are suspects at first. They
-        return one at a time, so that a second loss tells which of them it was; those that got past are cleared.
+        return one at a time, so that a second loss tells which of them it was.
         """
         batch = [s for s in self._by_id.values() if s.state in (SequenceState.RUNNING, SequenceState.DRAINING)]
-        for sequence in batch:
-            if not sequence.is_suspect:
-                sequence.num_suspicions = 0
         suspects = [sequence for sequence in batch if sequence.is_suspect] or batch
         for sequence in suspects:
             sequence.num_suspicions += 1

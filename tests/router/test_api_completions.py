@@ -103,7 +103,7 @@ def test_one_failing_prompt_fails_the_whole_request(serving, make_engine, until,
         submit = engine.submit
         streams = []
 
-        def submit_with_one_hanging(request, timings):
+        def submit_with_one_hanging(request, timings, is_further=False):
             streams.append(submit(request, timings))
             if len(streams) == 2:
                 streams[1].finish = lambda reason, outputs: None

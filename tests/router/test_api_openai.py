@@ -271,7 +271,7 @@ def test_errors_keep_their_status_before_the_first_token(serving, make_engine, c
             with pytest.raises(openai.BadRequestError):
                 await client.post("/completions", cast_to=dict, content=b"{")
         engine = make_engine(error=GenerationError("step failed"))
-        engine.submit, submit = lambda *_: _raise(GenerationError("step failed")), engine.submit
+        engine.submit, submit = lambda *_, **__: _raise(GenerationError("step failed")), engine.submit
         async with serving(engine) as served, client_of(served) as client:
             with pytest.raises(openai.APIStatusError) as raised:
                 await client.chat.completions.create(model="m", messages=USER, stream=True)

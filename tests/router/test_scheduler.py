@@ -282,19 +282,6 @@ def test_shards_are_lost_while_the_token_of_a_preempted_sequence_is_on_its_way()
         assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
 
 
-def test_who_got_past_a_loss_is_not_blamed_for_a_later_one():
-    harness = Harness(200, 4, SchedulerLimits(64, 8))
-    sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(4)]
-    for _ in range(2):
-        for _ in range(20):
-            harness.advance()
-        harness.lose_shards()
-    harness.run_until_idle()
-    assert not harness.failed
-    for sequence in sequences:
-        assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
-
-
 def test_who_loses_the_shards_twice_in_a_row_ends_alone():
     harness = Harness(200, 4, SchedulerLimits(64, 8))
     sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(3)]

@@ -1,5 +1,6 @@
 """Weights streamed by several threads: the same parameters as those read through the memory map, on every rank."""
 
+import itertools
 import os
 import threading
 import time
@@ -101,13 +102,16 @@ def test_streamed_weights_are_the_mapped_ones(checkpoint: Path, rank: int, world
 
 
 def test_an_error_in_one_thread_ends_all(checkpoint: Path) -> None:
-    copied = []
+    copied, numbers = [], itertools.count(1)
 
     class Failing(LateLane):
         def copy(self, rows: torch.Tensor, columns: slice | None, destination: torch.Tensor) -> None:
             copied.append(destination)
-            if len(copied) == 5:
+            number = next(numbers)
+            if number == 5:
                 raise torch.OutOfMemoryError("no room")
+            if number > 5:
+                time.sleep(0.02)  # so that the error is known before the other threads have gone far
             super().copy(rows, columns, destination)
 
     stream = WeightStream(Failing, num_threads=3, piece_bytes=256)
