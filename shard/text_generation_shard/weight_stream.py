@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -147,12 +147,13 @@ class WeightStream:
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="weights") as pool:
             threads = [pool.submit(work) for _ in range(self._num_threads)]
             try:
-                for thread in threads:
-                    thread.result()
+                wait(threads, return_when=FIRST_EXCEPTION)  # whichever thread it is in
             finally:
                 with lock:  # after an error the others stop at their next piece
                     for _ in pieces:
                         pass
+            for thread in threads:
+                thread.result()
         num_bytes, seconds = sum(piece.num_bytes for piece in self._pieces), time.monotonic() - started_s
         logger.info("Read %.2f GB of weights in %.2f s: %.1f GB/s", num_bytes / 1e9, seconds, num_bytes / 1e9 / seconds)
 

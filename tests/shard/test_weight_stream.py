@@ -121,7 +121,7 @@ def test_an_error_in_one_thread_ends_all(checkpoint: Path) -> None:
             targets[name].load(tensor)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             stream.run()
-    assert len(copied) < 500  # of more than a thousand
+    assert len(copied) < 20  # of more than a thousand
 
 
 def test_reads_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
