@@ -129,7 +129,7 @@ def replay(row: Row, measured: Measured, tokenizer: Tokenizer, config: RouterCon
         if len(token_ids) != record["prompt_tokens"]:
             raise BenchmarkFailed(f"a prompt of {len(token_ids)} tokens was counted as {record['prompt_tokens']}")
         requests.append(IdealRequest(token_ids, request["max_tokens"], record["start_ns"] - start_ns))
-    info = ShardInfo("", "", vocab_size=0, max_position_embeddings=131_072, block_size=BLOCK_SIZE)
+    info = ShardInfo("", "", vocab_size=0, max_position_embeddings=131_072, block_size=BLOCK_SIZE, num_layer_weights=0)
     concurrency = None if row.rate is not None else row.concurrency or len(requests)
     return Replay(times, SchedulerLimits(*step_limits(config, info)), requests).run(concurrency)
 

@@ -36,7 +36,10 @@ class RouterConfig:
         0.3, "Without effect here: prefill and decode share every step. Accepted for compatibility."
     )
     max_batch_prefill_tokens: int | None = flag(
-        None, "Token budget of one step; longer prompts are computed in chunks of it.", positive=True
+        None,
+        "Token budget of one step; longer prompts are computed in chunks of it. Default: by GPU and model, 256 to "
+        "2048; 256 on a CPU.",
+        positive=True,
     )
     max_batch_total_tokens: int | None = flag(
         None, "Limit on KV memory, in tokens. Default: as many as the memory holds.", positive=True

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from text_generation_router.config import RouterConfig
 from text_generation_router.shard_client import ShardInfo
+from text_generation_router.step_budget import default_step_tokens
 
-DEFAULT_MAX_STEP_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQUENCES = 1024
 
 
@@ -50,7 +50,8 @@ def step_limits(config: RouterConfig, info: ShardInfo) -> tuple[int, int]:
 
     A full batch of decodes leaves at least half of the budget to prefill.
     """
-    budget = config.max_batch_prefill_tokens or min(DEFAULT_MAX_STEP_TOKENS, info.max_position_embeddings)
+    derived = min(default_step_tokens(info.device_name, info.num_layer_weights), info.max_position_embeddings)
+    budget = config.max_batch_prefill_tokens or derived
     return budget, max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
 
 

@@ -44,6 +44,7 @@ class ShardInfo:
     vocab_size: int
     max_position_embeddings: int
     block_size: int
+    num_layer_weights: int
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class ShardClient:
             vocab_size=reply.vocab_size,
             max_position_embeddings=reply.max_position_embeddings,
             block_size=reply.block_size,
+            num_layer_weights=reply.num_layer_weights,
         )
 
     async def warm_up(

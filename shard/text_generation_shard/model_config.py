@@ -55,6 +55,11 @@ class ModelConfig:
     # The checkpoint's own type, if its config names one.
     dtype: str | None = None
 
+    def num_layer_weights(self, world_size: int) -> int:
+        """Of one of so many ranks: what the layers multiply each token with."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) // world_size
+
     def check_divisible(self, world_size: int) -> None:
         """Refuse a number of shards that the heads or the MLP cannot be split among."""
         for name, count in (

@@ -33,6 +33,7 @@ class ModelInfo:
     device_name: str
     vocab_size: int
     max_position_embeddings: int
+    num_layer_weights: int = 0  # of this rank: those that every token is multiplied with
     device_uuid: str = ""  # of a GPU
 
 

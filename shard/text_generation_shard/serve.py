@@ -155,10 +155,12 @@ def _execution(
 
 
 def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:
-    if device.type == "cpu":
-        return ModelInfo("cpu", config.vocab_size, config.max_position_embeddings)
-    properties = torch.cuda.get_device_properties(device)
-    # As the driver's tools write it.
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return ModelInfo(
-        properties.name, config.vocab_size, config.max_position_embeddings, device_uuid=f"GPU-{properties.uuid}"
+        device_name="cpu" if properties is None else properties.name,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        num_layer_weights=config.num_layer_weights(distributed.world_size()),
+        # As the driver's tools write it.
+        device_uuid="" if properties is None else f"GPU-{properties.uuid}",
     )

@@ -137,6 +137,7 @@ class ShardService(ShardServicer):
             block_size=layout.block_size,
             pid=os.getpid(),
             device_uuid=info.device_uuid,
+            num_layer_weights=info.num_layer_weights,
         )
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:

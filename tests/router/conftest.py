@@ -323,6 +323,8 @@ def only_group():
     """Makes an engine's supply and its first group out of scripted shards."""
 
     def make(shards, num_blocks: int) -> tuple[NoMoreGroups, ShardGroup]:
-        return NoMoreGroups(), ShardGroup(shards, NeverStuck(), ShardInfo("cpu", "float32", 257, 256, 4), num_blocks)
+        return NoMoreGroups(), ShardGroup(
+            shards, NeverStuck(), ShardInfo("cpu", "float32", 257, 256, 4, 1000), num_blocks
+        )
 
     return make

@@ -4,19 +4,20 @@ import pytest
 from text_generation_router.config import RouterConfig
 from text_generation_router.limits import (
     DEFAULT_MAX_NUM_SEQUENCES,
-    DEFAULT_MAX_STEP_TOKENS,
     InvalidLimits,
     derive_limits,
     step_limits,
 )
 from text_generation_router.shard_client import ShardInfo
+from text_generation_router.step_budget import MAX_STEP_TOKENS, MIN_STEP_TOKENS
 
 BLOCK_SIZE = 16
+H100 = "NVIDIA H100 80GB HBM3"
+WEIGHTS_8B = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14_336)
 
 
-def info_with(max_position_embeddings):
-    fields = {"max_position_embeddings": max_position_embeddings, "block_size": BLOCK_SIZE, "vocab_size": 300}
-    return ShardInfo(**{name: fields.get(name) for name in ShardInfo.__dataclass_fields__})
+def info_with(max_position_embeddings, device_name="cpu", num_layer_weights=1000):
+    return ShardInfo(device_name, "bfloat16", 300, max_position_embeddings, BLOCK_SIZE, num_layer_weights)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_limits_that_contradict(flags, num_blocks, reason):
 @pytest.mark.parametrize(
     ("flags", "num_positions", "expected"),
     [
-        ({}, 131_072, (DEFAULT_MAX_STEP_TOKENS, DEFAULT_MAX_NUM_SEQUENCES)),
+        ({}, 131_072, (MAX_STEP_TOKENS, DEFAULT_MAX_NUM_SEQUENCES)),
         ({}, 100, (100, 50)),
         ({"max_batch_prefill_tokens": 1}, 2048, (1, 1)),
         ({"max_batch_prefill_tokens": 1000, "max_batch_size": 32}, 2048, (1000, 32)),
@@ -61,3 +62,26 @@ def test_limits_that_contradict(flags, num_blocks, reason):
 )
 def test_limits_on_steps(flags, num_positions, expected):
     assert step_limits(RouterConfig(**flags), info_with(num_positions)) == expected
+
+
+@pytest.mark.parametrize(
+    ("device_name", "num_layer_weights", "budget"),
+    [
+        (H100, WEIGHTS_8B, 2048),
+        ("NVIDIA H200", WEIGHTS_8B, 2048),
+        ("NVIDIA A100-SXM4-80GB", WEIGHTS_8B, 512),
+        ("NVIDIA GeForce RTX 4090", WEIGHTS_8B, 256),
+        ("NVIDIA L40S", WEIGHTS_8B, 1024),
+        ("NVIDIA L40", WEIGHTS_8B, 512),
+        ("NVIDIA L4", WEIGHTS_8B, 256),
+        (H100, 31 * 10**9, 512),
+        ("NVIDIA A100-SXM4-80GB", 10**9, MAX_STEP_TOKENS),
+        ("NVIDIA A100-SXM4-80GB", 68 * 10**9, MIN_STEP_TOKENS),
+        ("NVIDIA A100-SXM4-80GB", 68 * 10**9 // 8, 512),  # a rank's share
+        ("a GPU of another make", 68 * 10**9, MAX_STEP_TOKENS),
+    ],
+)
+def test_the_derived_budget_follows_gpu_and_model(device_name, num_layer_weights, budget):
+    info = info_with(131_072, device_name, num_layer_weights)
+    assert step_limits(RouterConfig(), info) == (budget, budget // 2)
+    assert step_limits(RouterConfig(max_batch_prefill_tokens=100), info)[0] == 100

@@ -1,6 +1,7 @@
 """Models as large as they are published, built without memory: their tensors are those that transformers has."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def test_tensors_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     targets: dict[str, WeightTarget] = model.targets()  # type: ignore[operator]
     assert {key: target.shape for key, target in targets.items()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+    matrices = [shape for key, shape in expected.items() if key.startswith("model.layers.") and len(shape) == 2]
+    assert config.num_layer_weights(1) == sum(map(math.prod, matrices))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -105,3 +108,4 @@ def test_ranks_share_matrices_and_nothing_else(name: str, world_size: int, tmp_p
         for key, part in build(config, rank, world_size).named_parameters():
             is_norm = "norm" in key
             assert part.numel() * (1 if is_norm else world_size) == whole[key].numel(), key
+    assert config.num_layer_weights(world_size) * world_size == config.num_layer_weights(1)
