@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from text_generation_kernels.reference_sampling import log_probabilities
 from text_generation_proto.columns import Float32Array, Int32Array
 
 from text_generation_shard.step import PromptScores, TopTokens
@@ -69,7 +70,7 @@ def score_prompt(
     pieces = []
     for start in range(0, len(indices), PROMPT_ROWS_AT_ONCE):
         piece = slice(start, start + PROMPT_ROWS_AT_ONCE)
-        logprobs = compute_logits(hidden[indices[piece]]).float().log_softmax(dim=-1)
+        logprobs = log_probabilities(compute_logits(hidden[indices[piece]]))
         own = logprobs.gather(1, token_ids[piece].unsqueeze(1)).squeeze(1)
         top = logprobs.topk(min(prompt.top_n_tokens, logprobs.shape[1]), dim=-1)
         pieces.append((own, top.values, top.indices))

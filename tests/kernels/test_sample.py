@@ -103,6 +103,16 @@ def test_greedy_reports_the_models_own_logprob() -> None:
     torch.testing.assert_close(logprobs, wide.log_softmax(-1).amax(-1).float())
 
 
+def test_log_probabilities_of_a_whole_vocabulary() -> None:
+    """As a model makes them: one or a few good tokens before a great many bad ones."""
+    logits = torch.randn(8, 50_000, generator=torch.Generator().manual_seed(5)) * 3
+    logits[:, 17] += torch.arange(14.0, 22.0)
+    expected = logits.double().log_softmax(-1)
+    tokens, logprobs, whole = sample(logits, temperature=0.0)
+    torch.testing.assert_close(whole.double(), expected, atol=1e-6, rtol=1e-7)
+    assert torch.equal(logprobs, whole.gather(1, tokens.unsqueeze(1)).squeeze(1)), "one token, one value"
+
+
 @pytest.mark.parametrize("vocab_size", [40, 5000])
 def test_neighbours_change_nothing(vocab_size: int) -> None:
     """The same rows alone, all together and in another order, greedy and random ones mixed."""
