@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from llguidance import regex_to_lark
+from text_generation_proto.matcher import TokenTable
 
 from text_generation_router.grammar import Grammar, GrammarKind
 from text_generation_router.json_schema import Schema, mapped, reachable
@@ -33,10 +34,15 @@ _MEMBER_KEYWORDS = frozenset(
     ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
 )
 _BRANCHES = frozenset(("anyOf", "oneOf", "$ref"))
+# What says of which type a value is, beside `type`.
+_TYPING = _BRANCHES | {"type", "const", "enum"}
 
 
-def canonical_text(grammar: Grammar) -> str:
-    """The text for a client's grammar; raises RefusedGrammar."""
+def canonical_text(grammar: Grammar, tokens: TokenTable) -> str:
+    """The text for a client's grammar; raises RefusedGrammar, and InvalidGrammar of one that `tokens` cannot compile.
+
+    Not all that raises neither can be compiled.
+    """
     if grammar.kind is GrammarKind.REGEX:
         return _text(grammar, _regex_rule(grammar.text))
     try:
@@ -49,9 +55,17 @@ def canonical_text(grammar: Grammar) -> str:
         raise RefusedGrammar("must be a JSON schema: an object, or true")
     _check_depth(schema)
     schema = _without_neutral(schema)
-    check_schema(schema)
-    if _can_be_closed(schema):
-        schema = _closed(schema)
+    narrow = _typed(schema)
+    check_schema(narrow)
+    if _can_be_closed(narrow):
+        narrow = _closed(narrow)
+    if narrow != schema and any("oneOf" in one for one in reachable(schema)):
+        # What excludes each other only once it is narrow still overlaps for who reads the client's own schema.
+        tokens.compile(_schema_text(grammar, schema))
+    return _schema_text(grammar, narrow)
+
+
+def _schema_text(grammar: Grammar, schema: dict[str, Any]) -> str:
     schema = schema | {_OPTIONS: {"whitespace_pattern": WHITE_SPACE}}
     return _text(grammar, "text: @schema", {"name": "schema", "json_schema": schema})
 
@@ -88,6 +102,21 @@ def _without_neutral(schema: Schema) -> Schema:
         copy.pop(_OPTIONS, None)
         if copy.get("uniqueItems") is False:
             del copy["uniqueItems"]
+    return copy
+
+
+def _typed(schema: Schema) -> Schema:
+    """With `type: object` where properties are named and nothing tells the type.
+
+    To JSON Schema a text or a number is valid there; who names properties means an object. All that can be written is
+    valid either way, so long as no other schema of an `allOf` asks for something else.
+    """
+    copy = mapped(schema, _typed)
+    if isinstance(copy, dict):
+        if "allOf" in copy:
+            copy["allOf"] = schema["allOf"]
+        elif isinstance(copy.get("properties"), dict) and not copy.keys() & _TYPING:
+            copy["type"] = "object"
     return copy
 
 

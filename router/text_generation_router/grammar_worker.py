@@ -41,13 +41,19 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 def answer(tokens: TokenTable, request: bytes) -> bytes:
     """Canonical text or refusal, for one request."""
     try:
-        canonical = canonical_text(unpack(request))
+        canonical = canonical_text(unpack(request), tokens)
         try_out(tokens, canonical)
     except (RefusedGrammar, InvalidGrammar) as error:
-        return BAD + str(error)[:MAX_REASON_CHARACTERS].encode()
+        return BAD + _reason(error)[:MAX_REASON_CHARACTERS].encode()
     except MemoryError:
         return BAD + b"needs too much memory"
     return GOOD + canonical.encode()
+
+
+def _reason(error: ValueError) -> str:
+    """The error's text; the library's own names an option that clients do not have."""
+    text = str(error)
+    return "has a `oneOf` whose branches may not exclude each other" if "coerce_one_of" in text else text
 
 
 def try_out(tokens: TokenTable, text: str) -> None:

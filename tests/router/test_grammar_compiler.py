@@ -60,6 +60,8 @@ def test_good_and_bad_grammars():
         assert shard.texts == [text, text]  # it may have forgotten it
         with pytest.raises(RefusedGrammar, match="`not`"):
             await compiler.compile(Grammar.from_schema({"not": {}}))
+        with pytest.raises(RefusedGrammar, match="exclude each other"):
+            await compiler.compile(Grammar.from_schema({"oneOf": [{"minimum": 1}, {"maxLength": 1}]}))
         with pytest.raises(RefusedGrammar, match="regex"):
             await compiler.compile(Grammar.from_regex("("))
         with pytest.raises(RefusedGrammar, match="too large for me"):
