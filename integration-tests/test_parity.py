@@ -163,7 +163,8 @@ def test_forty_prompts_found_in_the_cache(exact: Server, reference: Reference, m
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_forty_prompts_preempted(serve: Any, reference: Reference, make_prompts: Any) -> None:
-    with serve("--dtype", "float32", "--max-batch-total-tokens", "1536") as server:
+    flags = ("--max-batch-total-tokens", "1536", "--max-queued-tokens", "20000")
+    with serve("--dtype", "float32", *flags) as server:
         check_at_once(server, reference, make_prompts(LENGTHS + MORE_LENGTHS))
         assert server.metric("tgi_preemptions") > 0
 
