@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from text_generation_kernels.paged_attention import AttentionBatch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_proto.columns import Int32Array
 
 from text_generation_shard import distributed
@@ -113,14 +113,10 @@ class CpuExecution:
 
     def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor:
         """Hidden states of the step's tokens."""
-        attention = AttentionBatch(
-            block_tables=torch.from_numpy(tables),
-            query_starts=torch.from_numpy(inputs.query_starts),
-            sequence_lengths=torch.from_numpy(inputs.sequence_lengths),
-            max_query_length=inputs.max_query_length,
-            max_sequence_length=inputs.max_sequence_length,
+        plan = CpuAttentionPlan(
+            tables, inputs.query_starts, inputs.sequence_lengths, inputs.positions, inputs.slot_mapping, kv_caches[0][0]
         )
-        with forward_context(ForwardContext(torch.from_numpy(inputs.slot_mapping), attention, kv_caches)):
+        with forward_context(ForwardContext(kv_caches, plan)):
             return self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions))
 
     def _logits(self, hidden: torch.Tensor, inputs: StepInputs) -> torch.Tensor | None:

@@ -5,20 +5,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
 
 from text_generation_shard.kv_cache import KvCaches
 
 
 @dataclass(frozen=True)
+class KernelAttentionPlan:
+    """What attention by kernels reads, all of it in device memory."""
+
+    slot_mapping: torch.Tensor  # [num_tokens]: where each token's key and value go; -1: nowhere
+    batch: AttentionBatch
+    workspaces: Mapping[int | None, AttentionWorkspace] = field(default_factory=dict)  # by sliding window
+
+
+@dataclass(frozen=True)
 class ForwardContext:
     """One step's view of the batch. Sequences are in batch order, their tokens flattened one after another."""
 
-    slot_mapping: torch.Tensor  # [num_tokens]: where each token's key and value go; -1: nowhere
-    attention: AttentionBatch
     kv_caches: KvCaches  # per layer: key and value, each [num_blocks, num_kv_heads, block_size, head_dim]
-    # By sliding window (None: without): the plan of this step's attention. A CPU does without.
-    workspaces: Mapping[int | None, AttentionWorkspace] = field(default_factory=dict)
+    plan: KernelAttentionPlan | CpuAttentionPlan
 
 
 _current: ForwardContext | None = None

@@ -32,7 +32,7 @@ from text_generation_shard.changed_head import ChangedHead, TopTokensUnderway
 from text_generation_shard.changed_logits import DEFAULT_WATERMARK, Watermark
 from text_generation_shard.cuda_graphs import Recorder, Recordings
 from text_generation_shard.execution import CausalModel
-from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.forward_context import ForwardContext, KernelAttentionPlan, forward_context
 from text_generation_shard.gpu_step import GpuStep, StepEvents
 from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
@@ -327,8 +327,8 @@ class GpuExecution:
         buffer = self._buffers.device
         # The kernels read the block tables and their own plans, nothing else of this.
         attention = AttentionBatch(self._block_tables, *_NOTHING, 0, 0)
-        slots = buffer["slots"][:num_tokens]
-        with forward_context(ForwardContext(slots, attention, self._kv_caches, self._kinds[kind].workspaces)):
+        plan = KernelAttentionPlan(buffer["slots"][:num_tokens], attention, self._kinds[kind].workspaces)
+        with forward_context(ForwardContext(self._kv_caches, plan)):
             token_ids = read_tokens(buffer["input_ids"][:num_tokens], self._last_tokens)
             hidden = self._model.model(token_ids, buffer["positions"][:num_tokens])
         num_gathered = min(num_tokens, self._limits.max_num_sequences)

@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from safetensors.torch import save_file
-from text_generation_kernels.paged_attention import AttentionBatch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.model_config import load_model_config
@@ -16,17 +17,16 @@ TOKENS = [5, 99, 0, 100, 41, 7, 7, 63, 12]
 
 
 def context(position: int, count: int, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> ForwardContext:
-    return ForwardContext(
-        slot_mapping=torch.arange(position, position + count),
-        attention=AttentionBatch(
-            block_tables=torch.arange(3, dtype=torch.int32)[None],
-            query_starts=torch.tensor([0, count], dtype=torch.int32),
-            sequence_lengths=torch.tensor([position + count], dtype=torch.int32),
-            max_query_length=count,
-            max_sequence_length=position + count,
-        ),
-        kv_caches=caches,
+    positions = np.arange(position, position + count)
+    plan = CpuAttentionPlan(
+        block_tables=np.arange(3, dtype=np.int32)[None],
+        query_starts=np.array([0, count], np.int32),
+        sequence_lengths=np.array([position + count], np.int32),
+        positions=positions,
+        slot_mapping=positions,
+        cache=caches[0][0],
     )
+    return ForwardContext(caches, plan)
 
 
 def main(folder: Path, rank: int, world_size: int, port: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_shard.cpu_execution import CpuExecution
 from text_generation_shard.forward_context import get_forward_context
 from text_generation_shard.kv_cache import KvLayout
@@ -36,10 +37,11 @@ class Formula:
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.on_forward(input_ids)
         context = get_forward_context()
-        starts = context.attention.query_starts
-        self.query_lengths.append(starts.diff().tolist())
-        self.sequence_lengths.append(context.attention.sequence_lengths.tolist())
-        self.last_positions.append(positions[starts[1:].long() - 1].tolist())
+        assert isinstance(context.plan, CpuAttentionPlan)
+        starts = context.plan.query_starts
+        self.query_lengths.append(np.diff(starts).tolist())
+        self.sequence_lengths.append(context.plan.sequence_lengths.tolist())
+        self.last_positions.append(positions[starts[1:] - 1].tolist())
         self.num_cache_blocks.append(len(context.kv_caches[0][0]))
         if (input_ids == DEVICE_ERROR_TOKEN).any():
             raise RuntimeError("the device is lost")

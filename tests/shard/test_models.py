@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from text_generation_kernels.paged_attention import AttentionBatch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.weights import load_model
@@ -105,18 +106,15 @@ class PagedBatch:
             starts.append(len(ids))
             lengths.append(end)
             self.num_computed[row] = end
-        context = ForwardContext(
-            slot_mapping=torch.tensor(slots),
-            attention=AttentionBatch(
-                block_tables=self.tables[list(num_tokens)],
-                query_starts=torch.tensor(starts, dtype=torch.int32),
-                sequence_lengths=torch.tensor(lengths, dtype=torch.int32),
-                max_query_length=max(num_tokens.values()),
-                max_sequence_length=max(lengths),
-            ),
-            kv_caches=self.caches,
+        plan = CpuAttentionPlan(
+            self.tables[list(num_tokens)].numpy(),
+            np.array(starts, np.int32),
+            np.array(lengths, np.int32),
+            np.array(positions),
+            np.array(slots),
+            self.caches[0][0],
         )
-        with torch.inference_mode(), forward_context(context):
+        with torch.inference_mode(), forward_context(ForwardContext(self.caches, plan)):
             hidden = self.model(torch.tensor(ids), torch.tensor(positions))
             logits = self.model.compute_logits(hidden)  # type: ignore[operator]
         for index, row in enumerate(num_tokens):

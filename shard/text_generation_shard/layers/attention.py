@@ -1,6 +1,7 @@
 """Self-attention over paged KV memory: projections, rotary embedding, the cache, the output product."""
 
 import torch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 from text_generation_kernels.paged_attention import paged_attention
 from text_generation_kernels.rotary_kv_write import rotary_kv_write
 from text_generation_kernels.skinny_matmul import ScaledRows
@@ -42,15 +43,22 @@ class Attention(nn.Module):
         context = get_forward_context()
         key_cache, value_cache = context.kv_caches[self.layer]
         query_norm, key_norm = (None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm))
+        qkv, plan = self.qkv(x), context.plan
+        if isinstance(plan, CpuAttentionPlan):
+            output = cpu_attention(
+                qkv, key_cache, value_cache, plan, self.rotary.cos_sin_cache, self.scale, self.sliding_window,
+                query_norm, key_norm, self.norm_eps,
+            )  # fmt: skip
+            return self.output.add_norm(output, residual, next_norm)
         query = rotary_kv_write(
-            self.qkv(x), positions, self.rotary.cos_sin_cache, key_cache, value_cache, context.slot_mapping,
+            qkv, positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
             query_norm, key_norm, self.norm_eps,
         )  # fmt: skip
-        output = paged_attention(
-            query, key_cache, value_cache, context.attention, self.scale, self.sliding_window,
-            workspace=context.workspaces.get(self.sliding_window),
+        heads = paged_attention(
+            query, key_cache, value_cache, plan.batch, self.scale, self.sliding_window,
+            workspace=plan.workspaces[self.sliding_window],
         )  # fmt: skip
-        return self.output.add_norm(output.flatten(1), residual, next_norm)
+        return self.output.add_norm(heads.flatten(1), residual, next_norm)
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""

@@ -1,0 +1,110 @@
+"""Attention on a CPU against float64, over caches in which other sequences left NaN."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
+
+BLOCK_SIZE, NUM_KV_HEADS, GROUP, HEAD_DIM = 4, 2, 3, 8
+NUM_HEADS = NUM_KV_HEADS * GROUP
+SCALE = 0.3
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+class Sequences:
+    """Random qkv projections of sequences that grow over steps, each with blocks of its own in a shuffled cache."""
+
+    def __init__(self, max_lengths: list[int], dtype: torch.dtype, rotary_dim: int = HEAD_DIM) -> None:
+        rng = np.random.default_rng(7)
+        counts = [math.ceil(length / BLOCK_SIZE) for length in max_lengths]
+        order = rng.permutation(sum(counts) + 3).tolist()
+        self.tables = rng.integers(0, len(order), (len(counts), max(counts)), dtype=np.int32)
+        for row, count in enumerate(counts):
+            self.tables[row, :count] = [order.pop() for _ in range(count)]
+        shape = (sum(counts) + 3, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        self.caches = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        generator = torch.Generator().manual_seed(3)
+        width = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+        self.qkv = [torch.randn(length, width, generator=generator).to(dtype) for length in max_lengths]
+        angles = torch.arange(max(max_lengths))[:, None] * torch.logspace(0, -2, rotary_dim // 2, dtype=torch.float64)
+        self.angles = angles
+        self.table = torch.cat((angles.cos(), angles.sin()), dim=1).float()
+        self.norms = [torch.rand(HEAD_DIM, generator=generator).to(dtype) + 0.5 for _ in range(2)]
+        self.lengths = [0] * len(max_lengths)
+
+    def step(self, num_tokens: dict[int, int], window: int | None = None, has_norms: bool = False) -> torch.Tensor:
+        """Outputs of the next tokens of some rows, [T, H * D]."""
+        rows = list(num_tokens)
+        before = np.array([self.lengths[row] for row in rows])
+        counts = np.array(list(num_tokens.values()))
+        for row, count in num_tokens.items():
+            self.lengths[row] += count
+        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(before, counts, strict=True)])
+        owners = np.repeat(rows, counts)
+        slots = self.tables[owners, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        starts = np.array([0, *np.cumsum(counts)], np.int32)
+        lengths = (before + counts).astype(np.int32)
+        plan = CpuAttentionPlan(self.tables[rows], starts, lengths, positions, slots, self.caches[0])
+        qkv = torch.cat([self.qkv[row][at : at + n] for row, at, n in zip(rows, before, counts, strict=True)])
+        norms = self.norms if has_norms else [None, None]
+        return cpu_attention(qkv, *self.caches, plan, self.table, SCALE, window, *norms, 1e-5)
+
+    def expected(self, row: int, window: int | None, has_norms: bool) -> torch.Tensor:
+        """All outputs of a row in float64, [length, H * D]."""
+        length = self.lengths[row]
+        heads = self.qkv[row][:length].double().view(length, -1, HEAD_DIM)
+        query, key, value = heads.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+        if has_norms:
+            query, key = (
+                x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
+                for x, norm in zip((query, key), self.norms, strict=True)
+            )
+        query, key = self._turned(query), self._turned(key)
+        key, value = (x.repeat_interleave(GROUP, dim=1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+        at = torch.arange(length)
+        hidden = at[None, :] > at[:, None]
+        if window is not None:
+            hidden |= at[None, :] <= at[:, None] - window
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        half = self.angles.shape[1]
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        turn = torch.polar(torch.ones_like(self.angles), self.angles)[: len(x), None]
+        turned = torch.complex(first, second) * turn
+        return torch.cat((turned.real, turned.imag, rest), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("window", "rotary_dim", "has_norms"),
+    [(None, HEAD_DIM, False), (3, HEAD_DIM, True), (9, 4, False), (1, HEAD_DIM, False)],
+)
+def test_steps_of_every_kind(dtype: torch.dtype, window: int | None, rotary_dim: int, has_norms: bool) -> None:
+    """Prompts in one piece and in chunks, decodes of like and unlike lengths, both in one step."""
+    sequences = Sequences([30, 9, 300, 700], dtype, rotary_dim)
+    steps = [{0: 7, 2: 257}, {1: 1, 2: 3}, {0: 1}, {3: 513, 0: 4, 2: 1}, {1: 4, 0: 1, 2: 1, 3: 2}]
+    steps += [{0: 1, 1: 1, 2: 1, 3: 1}] * 3 + [{2: 1, 0: 1}, {3: 130}]
+    outputs: list[list[torch.Tensor]] = [[] for _ in sequences.lengths]
+    for step in steps:
+        parts = sequences.step(step, window, has_norms).split(list(step.values()))
+        for row, part in zip(step, parts, strict=True):
+            outputs[row].append(part)
+    for row, parts in enumerate(outputs):
+        difference = torch.cat(parts).double() - sequences.expected(row, window, has_norms)
+        assert difference.abs().max() < TOLERANCE[dtype], f"row {row}"
+
+
+def test_slots_of_others_stay_as_they_are() -> None:
+    sequences = Sequences([9, 5], torch.float32)
+    sequences.step({0: 9})
+    before = [cache.clone() for cache in sequences.caches]
+    sequences.step({1: 5})
+    others = sorted({*range(len(before[0]))} - {*sequences.tables[1, :2].tolist()})
+    for cache, old in zip(sequences.caches, before, strict=True):
+        assert torch.equal(cache[others], old[others]) or torch.allclose(cache[others], old[others], 0, 0, True)
+        assert cache[sequences.tables[1, :2].tolist()].isfinite().all()
