@@ -47,4 +47,4 @@ def default_step_tokens(device_name: str, num_layer_weights: int) -> int:
         return MAX_STEP_TOKENS
     # A multiplication and an addition for each weight.
     wanted = PRODUCTS_S * REACHED_SHARE * tflops * 1e12 / (2 * num_layer_weights)
-    return min(MAX_STEP_TOKENS, max(MIN_STEP_TOKENS, 2 ** round(math.log2(wanted))))
+    return min(MAX_STEP_TOKENS, max(MIN_STEP_TOKENS, 1 << round(math.log2(wanted))))

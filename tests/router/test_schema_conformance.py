@@ -250,8 +250,9 @@ def test_generated_schemas(writer: Writer) -> None:
             text = canonical_text(Grammar.from_schema(schema), writer.table)
             writer.table.compile(text)
         except InvalidGrammar as refusal:
-            assert "Unsatisfiable" in str(refusal) or "oneOf" in str(refusal), schema
-            continue
+            if "Unsatisfiable" in str(refusal) or "oneOf" in str(refusal):
+                continue
+            raise
         num_compiled += 1
         written = [writer.write(text, rng) for _ in range(2)]
         for one in written:
