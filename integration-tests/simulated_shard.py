@@ -184,6 +184,8 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
     def _receive(plans: Iterator[shard_pb2.StepPlan], arrived: "queue.SimpleQueue[object]") -> None:
         try:
             for plan in plans:
+                if plan.is_last:
+                    break
                 arrived.put((time.monotonic_ns(), plan))
         except grpc.RpcError:
             pass  # the router is gone

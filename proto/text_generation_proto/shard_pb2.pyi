@@ -151,7 +151,7 @@ class NewSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., grammar: _Optional[str] = ..., scores_prompt: _Optional[bool] = ..., prompt_top_n_tokens: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "removed_sequence_ids", "new_sequences", "grown_sequence_ids", "grown_num_blocks", "grown_block_ids", "prefill_sequence_ids", "prefill_num_tokens")
+    __slots__ = ("step", "removed_sequence_ids", "new_sequences", "grown_sequence_ids", "grown_num_blocks", "grown_block_ids", "prefill_sequence_ids", "prefill_num_tokens", "is_last")
     STEP_FIELD_NUMBER: _ClassVar[int]
     REMOVED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     NEW_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +160,7 @@ class StepPlan(_message.Message):
     GROWN_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
     step: int
     removed_sequence_ids: bytes
     new_sequences: _containers.RepeatedCompositeFieldContainer[NewSequence]
@@ -168,7 +169,8 @@ class StepPlan(_message.Message):
     grown_block_ids: bytes
     prefill_sequence_ids: bytes
     prefill_num_tokens: bytes
-    def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ...) -> None: ...
+    is_last: bool
+    def __init__(self, step: _Optional[int] = ..., removed_sequence_ids: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., grown_sequence_ids: _Optional[bytes] = ..., grown_num_blocks: _Optional[bytes] = ..., grown_block_ids: _Optional[bytes] = ..., prefill_sequence_ids: _Optional[bytes] = ..., prefill_num_tokens: _Optional[bytes] = ..., is_last: _Optional[bool] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "sequence_ids", "token_ids", "logprobs", "failed_sequence_ids", "failure_messages", "forward_ns", "sample_ns", "step_ns", "idle_ns", "mask_ns", "top_num_tokens", "top_token_ids", "top_logprobs", "scored_sequence_ids", "scored_first_positions", "scored_num_tokens", "scored_logprobs", "scored_top_n_tokens", "scored_top_token_ids", "scored_top_logprobs")

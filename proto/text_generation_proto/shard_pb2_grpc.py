@@ -106,7 +106,8 @@ class ShardServicer:
 
     def Run(self, request_iterator, context):
         """Plans in, results out, both in order. Every rank receives the same plans. Rank 0 answers each plan with one
-        result; the other ranks answer nothing and end the stream with an error when they fail.
+        result; the other ranks answer nothing and end the stream with an error when they fail. A plan with `is_last`
+        ends a stream well; without it the stream broke off, which a group of ranks does not survive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

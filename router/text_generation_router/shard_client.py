@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LAST_PLAN = pb.StepPlan(is_last=True).SerializeToString()
 _RUN_METHOD = "/text_generation.shard.v1.Shard/Run"
 CONNECT_TIMEOUT_S = 10.0
 LAST_RESULTS_TIMEOUT_S = 1.0
@@ -287,9 +288,11 @@ class ShardClient:
         """
         self._is_closing = True
         if not any(reader.done() for reader in self._readers):
-            with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            broken = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+            with contextlib.suppress(TimeoutError, *broken):
                 async with asyncio.timeout(LAST_RESULTS_TIMEOUT_S):
                     for stream in self._streams:
+                        await stream.write(_LAST_PLAN)
                         await stream.done_writing()
                     await asyncio.gather(*self._readers)
         await self.abandon()

@@ -209,15 +209,19 @@ class ShardService(ShardServicer):
             context.abort(grpc.StatusCode.UNAVAILABLE, str(stream.error))
 
     def _read_plans(self, plans: Iterator[pb.StepPlan], stream: PlanStream) -> None:
+        # A call that is cancelled may end `plans` without an error too, so only a plan can say that it is the last.
         try:
             for message in plans:
+                if message.is_last:
+                    self._loop.submit(stream, None)
+                    return
                 self._loop.submit(stream, unpack_plan(message))
-            self._loop.submit(stream, None)
         except PlanError as error:
             self._loop.submit(stream, error)
+            return
         except grpc.RpcError:
-            # The client is gone; the callback of Run knows.
-            self._loop.close(stream)
+            pass  # the client is gone
+        self._loop.close(stream)
 
 
 class ShardServer:

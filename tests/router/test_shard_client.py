@@ -35,13 +35,15 @@ class ScriptedShard(ShardServicer):
     async def Run(self, plans: AsyncIterator[pb.StepPlan], context: Any) -> AsyncIterator[pb.StepResult]:
         self.ending = "broken off"
         async for plan in plans:
+            if plan == pb.StepPlan(is_last=True):
+                self.ending = "closed"
+                return
             self.plans.append(plan)
             self.has_plan.set()
             if self._answers:
                 await asyncio.sleep(self.delay_s)
                 ids = pack_int32([plan.step])
                 yield pb.StepResult(step=plan.step, sequence_ids=ids, token_ids=ids, logprobs=pack_float32([-1.0]))
-        self.ending = "closed"
 
 
 def run_with_shards(

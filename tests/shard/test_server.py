@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +186,18 @@ class Streams:
     def receive(self) -> pb.StepResult:
         return next(self.calls[0])
 
+    def break_off(self) -> None:
+        """Let the plans end without a last one."""
+        for plans in self._plans:
+            plans.put(None)
+
     def close(self) -> None:
         """Say that no more plans come; every rank ends its stream without an error and without results left.
 
         Called again, without effect.
         """
-        for plans in self._plans:
-            plans.put(None)
+        self.send_raw(pb.StepPlan(is_last=True))
+        self.break_off()
         for call in self.calls:
             assert list(call) == []
 
@@ -517,8 +522,19 @@ def test_one_rank_alone_survives_a_stream_that_breaks_off(model_folder: Path, tm
         shards.close()
 
 
-def test_a_stream_that_breaks_off_ends_a_group(model_folder: Path, tmp_path: Path) -> None:
-    """Rank 1 has a plan that rank 0 never gets, and waits for it in a collective."""
+def cancel(streams: Streams) -> None:
+    for call in streams.calls:
+        call.cancel()
+
+
+@pytest.mark.parametrize("break_off", [cancel, Streams.break_off])
+def test_a_stream_that_breaks_off_ends_a_group(
+    model_folder: Path, tmp_path: Path, break_off: Callable[[Streams], None]
+) -> None:
+    """Rank 1 has a plan that rank 0 never gets, and waits for it in a collective.
+
+    A stream that is cancelled may look to a rank like one whose plans just end.
+    """
     shards = Shards(model_folder, tmp_path, 2)
     try:
         shards.wait_until_loaded()
@@ -534,8 +550,7 @@ def test_a_stream_that_breaks_off_ends_a_group(model_folder: Path, tmp_path: Pat
         progress = tmp_path / "progress-1"
         while struct.unpack("<4Q", progress.read_bytes()[:32])[0] != 2:
             time.sleep(0.01)
-        for call in streams.calls:
-            call.cancel()
+        break_off(streams)
         assert [process.wait(TIMEOUT_S) for process in shards.processes] == [1, 1]
     finally:
         shards.close()
