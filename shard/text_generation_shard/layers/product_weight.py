@@ -16,11 +16,12 @@ from torch import nn
 
 from text_generation_shard.layers.partition import CheckpointTensor, QuantisedTensor, WeightForm
 
-# Up to so many rows the product in 4 bits is the faster one. Measured on 2 cores of an AMD EPYC 9005 (weight
-# 3072 x 576 in 4 bits, us): against bfloat16 26 and 59 at 1 row, 43 and 65 at 4, 88 and 70 at 5; against float32
-# 29 and 140 at 1, 183 and 208 at 16, 356 and 332 at 32, and confined to AVX2 106 and 179 at 4, 192 and 164 at 5.
+# Up to so many rows the product in 4 bits is the faster one. With bfloat16 a whole forward pass was measured, whose
+# weights come from memory each time (the demo model, 2 cores of a Xeon with AMX, ms): 4 bits 19 and bfloat16 31 at 4
+# rows, 31 and 35 at 8, 45 and 43 at 12. With float32 one product (weight 3072 x 576, 2 cores of an AMD EPYC 9005, us):
+# 29 and 140 at 1 row, 183 and 208 at 16, 356 and 332 at 32, and confined to AVX2 106 and 179 at 4, 192 and 164 at 5.
 _MAX_INT4_ROWS = {
-    ("AVX512", torch.bfloat16): 4,
+    ("AVX512", torch.bfloat16): 8,
     ("AVX512", torch.float32): 16,
     ("AVX2", torch.bfloat16): 4,
     ("AVX2", torch.float32): 4,
