@@ -69,7 +69,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "default"): {
-        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 3,
     },
     ("attention_narrow/d256", "default"): {
         "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
@@ -78,7 +78,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "a100"): {
-        "KEYS": 32, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d256", "a100"): {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
@@ -117,7 +117,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "a100"): {
-        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3,
+        "ROWS": 128, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,
     },
     ("attention_wide/d256", "default"): {
         "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,

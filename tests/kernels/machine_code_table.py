@@ -17,10 +17,8 @@ without a GPU. Registers and spills (bytes in local memory) are those of a threa
 last two columns follow from them: how many programs run on a multiprocessor at once, and which share of the warps that
 it can hold they are. H200 has rows of its own only where its entry differs from the H100's.
 `tests/kernels/test_compile.py` asserts the same of float16 and float32: what is asked for fits, 16-bit kernels spill
-nothing, attention of prompts on sm_90 uses wgmma, float32 products are IEEE's, and kernels bound by memory load 16
-bytes at a time. That holds with triton 3.9. With 3.6 it holds for bfloat16 on the H100 and H200; on A100 and Ada some
-kernels spill 8 to 24 bytes a thread there, and the A100's narrow attention for heads of 80 and 128 fits three programs
-where its entry counts on four.
+nothing, attention of prompts on sm_90 uses wgmma, float32 products are IEEE's, kernels bound by memory load 16 bytes at
+a time, and as many programs of attention fit as the launch table counts on.
 """
 HEAD = """
 | kernel | GPU | warps | registers | spills | shared, KiB | programs | occupancy |

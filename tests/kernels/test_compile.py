@@ -27,7 +27,7 @@ from text_generation_kernels.benchmarks.occupancy import (
     programs_per_multiprocessor,
     usage_of,
 )
-from text_generation_kernels.launch_settings import Settings, settings_of_class
+from text_generation_kernels.launch_settings import FUSED_MULTIPLY_ADDS, Settings, settings_of_class
 from text_generation_kernels.skinny_matmul import settings_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -122,7 +122,10 @@ def token_cases(data: str) -> list[CompiledKernel]:
 
 
 def skinny_cases(data: str) -> list[CompiledKernel]:
-    """The products of a decode step of Llama-3.1-8B: into queries, keys and values; the MLP's; out of it; the head."""
+    """The products of a decode step of Llama-3.1-8B: into queries, keys and values; the MLP's; out of it; the head.
+
+    The table's tiles are for 16 bits. In float32, where models multiply by other means, smaller ones.
+    """
     types = dict.fromkeys(("x", "weight", "output"), data) | {"num_rows": "i32", "x_stride": "i32"}
     types |= {"residual_stride": "i32", "eps": "fp32"}
     normed, plain = {"row_sums": "*fp32"}, {"bias": data}
@@ -133,12 +136,14 @@ def skinny_cases(data: str) -> list[CompiledKernel]:
         is_gated = width == 28672
         output = width // 2 if is_gated else width
         operation = ("skinny_matmul_gated" if is_gated else "skinny_matmul", settings_shape(rows, output))
+        small = FUSED_MULTIPLY_ADDS | {"BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
         constants: dict[str, object] = {"WIDTH": output, "DEPTH": depth, "ROWS": rows, "SUMS_BLOCK": 32}
         constants |= {"NUM_SUMS": 128 if "row_sums" in added else 0, "IS_GATED": is_gated, "WIDEN": False}
         constants |= dict.fromkeys(name for name in (*normed, *adding) if name not in added)
         cases.append(
             CompiledKernel(
-                skinny_matmul.skinny_matmul_kernel, operation, types | added, constants, unaligned=("num_rows",),
+                skinny_matmul.skinny_matmul_kernel, small if data == "*fp32" else operation, types | added, constants,
+                unaligned=("num_rows",),
                 name=f"{rows} x {depth} x {width}", is_slow=rows != 32 or width in (6144, 128256),
             )
         )  # fmt: skip
