@@ -17,6 +17,8 @@ import pytest
 import torch
 from text_generation_kernels import reference_sampling as reference
 from text_generation_kernels.attention_settings import AttentionShape
+from text_generation_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
+from text_generation_shard import gpu_execution
 from text_generation_shard.cuda_graphs import CudaRecorder, Launch, Recorder
 from text_generation_shard.gpu_execution import GpuExecution, GpuModel
 from text_generation_shard.kv_cache import KvLayout
@@ -211,8 +213,26 @@ def greedy(model: LlamaForCausalLM, tokens: list[int], count: int) -> tuple[list
     return chosen[len(tokens) :], logprobs
 
 
-def test_greedy_tokens_equal_transformers(start: Callable[[], Driver], transformers_model: LlamaForCausalLM) -> None:
-    """Chunks, decodes, a prefix hit, a preemption and an end, each while another step is under way."""
+@pytest.mark.parametrize("min_shared", [gpu_execution.MIN_SHARED_TOKENS, BLOCK_SIZE])
+def test_greedy_tokens_equal_transformers(
+    min_shared: int,
+    start: Callable[[], Driver],
+    transformers_model: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunks, decodes, a prefix hit, a preemption and an end, each while another step is under way.
+
+    Decodes behind the same prefix read it each by itself, and as a group.
+    """
+    groups: list[SharedPrefix] = []
+
+    def find(*arguments: Any) -> list[SharedPrefix]:
+        found = find_shared_prefixes(*arguments)
+        groups.extend(found)
+        return found
+
+    monkeypatch.setattr(gpu_execution, "MIN_SHARED_TOKENS", min_shared)
+    monkeypatch.setattr(gpu_execution, "find_shared_prefixes", find)
     driver = start()
     first, second = prompt(1, 31), prompt(2, 3)
     third = first[:16] + prompt(3, 2)  # its first block is the first sequence's
@@ -234,19 +254,51 @@ def test_greedy_tokens_equal_transformers(start: Callable[[], Driver], transform
         expected, logprobs = greedy(transformers_model, tokens, count)
         assert driver.tokens[number] == expected
         assert driver.logprobs[number] == pytest.approx(logprobs, abs=1e-4)
+    assert [group.length for group in groups] == ([16] * len(groups) if min_shared == BLOCK_SIZE else [])
+    assert len(groups) == (6 if min_shared == BLOCK_SIZE else 0)
     if isinstance(driver.recorder, CountingRecorder):
         # Each step's layers and each step's head.
         assert driver.recorder.num_replays == 2 * driver.step
 
 
+@pytest.mark.parametrize(
+    ("length", "is_recorded"),
+    [(1, True), (4, True), (5, False), (16, True), (17, True), (24, True), (25, False)],
+)
+def test_edges_of_the_ladders(
+    length: int, is_recorded: bool, start: Callable[[], Driver], transformers_model: LlamaForCausalLM
+) -> None:
+    """Layers are recorded for 1, 2 and 4 tokens of short queries and for 16 and 24 of any; others are launched anew."""
+    driver, tokens = start(), prompt(length, length)
+    driver.send([sequence(1, tokens, [4, 2, 7])], prefill={1: length})
+    driver.send()
+    driver.drain()
+    assert driver.tokens[1] == greedy(transformers_model, tokens, 2)[0]
+    if isinstance(driver.recorder, CountingRecorder):
+        assert driver.recorder.num_replays == (4 if is_recorded else 3)
+
+
+def test_a_batch_that_grows_and_shrinks(start: Callable[[], Driver], transformers_model: LlamaForCausalLM) -> None:
+    """One sequence more in each step, then one fewer, so that steps take every recorded size and others between."""
+    driver, prompts = start(), {number: prompt(number, number) for number in range(1, 7)}
+    for number, tokens in prompts.items():
+        driver.send([sequence(number, tokens, [number])], prefill={number: number})
+    for number in prompts:
+        driver.send(removed=[number])  # with a token still to come
+    driver.drain()
+    for number, tokens in prompts.items():
+        assert driver.tokens[number] == greedy(transformers_model, tokens, 6)[0]
+
+
 def test_nothing_is_written_but_to_slots_of_the_steps_tokens(start: Callable[[], Driver]) -> None:
     driver = start()
-    driver.send([sequence(1, prompt(1, 5), [3]), sequence(2, prompt(2, 17), [7, 5])], prefill={1: 5, 2: 17})
+    new = [sequence(1, prompt(1, 5), [3]), sequence(2, prompt(2, 17), [7, 5]), sequence(3, prompt(3, 1), [9])]
+    driver.send(new, prefill={1: 5, 2: 17, 3: 1})  # padded to 24 tokens, and the decodes to 4
     for _ in range(3):
         driver.send()
     driver.drain()
     written = {(3, offset) for offset in range(8)} | {(7, offset) for offset in range(16)}
-    written |= {(5, offset) for offset in range(4)}
+    written |= {(block, offset) for block in (5, 9) for offset in range(4)}
     for tensor in (one for layer in driver.runner._kv_caches for one in layer):
         places = tensor.abs().sum(dim=(1, 3)).nonzero().tolist()
         assert {tuple(place) for place in places} == written
