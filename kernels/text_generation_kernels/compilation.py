@@ -97,10 +97,13 @@ def compile_variants(
 ) -> int:
     """Compile what Triton's cache lacks, each variant in a process of its own; answers how many could not be.
 
-    Each process calls `begin` first.
+    `variants` come in the order of their launches. Each process calls `begin` first.
 
     For a process that has one thread and that runs nothing on a GPU.
     """
+    # Up to Triton 3.6 at least, a kernel's key depends on which kernels that call the same functions had theirs before.
+    for variant in variants:
+        _ = variant.kernel.cache_key
     running: dict[int, str] = {}
     num_failed = 0
     # The longest kernels take longest: they begin first.

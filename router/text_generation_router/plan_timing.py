@@ -1,8 +1,8 @@
 """When the next plan should leave: late enough to take in requests that arrive meanwhile, never too late for the GPU.
 
 A plan sent the moment there is room for it waits behind the running step, and a request that arrives in between misses
-it. So a plan is held back until a lead before the running step's predicted end. The lead finds itself: where a held
-plan left the device idle it grows by what was lost, else it shrinks slowly. Pure: no clock of its own.
+it. So a plan is held back until a lead before the running step's predicted end. The lead finds itself: it becomes the
+shortest at which held plans leave the device idle for a small share of its time at most. Pure: no clock of its own.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ MIN_STEP_NS = 4_000_000  # shorter steps are never waited for
 MIN_LEAD_NS = 1_000_000
 FIRST_LEAD_NS = 3_000_000
 MAX_LEAD_NS = 50_000_000
-LEAD_DECAY_NS = 5_000  # a step
-# Idle time of the device counts from here on. One long stall of the router is no reason to send early for long, so that
-# it is answered by no more than many short ones.
-TOLERATED_IDLE_NS = 50_000
-LEAD_MARGIN_NS = 300_000
-MAX_LEAD_GROWTH_NS = 700_000
+# What a request gains is worth more than this share of the device's time.
+TOLERATED_IDLE_SHARE = 0.003
+# One long stall counts no more than a few short ones: sending early for a while would not have spared it.
+MAX_COUNTED_IDLE_NS = 1_000_000
+# The part of what a step lost beyond the tolerated share by which the lead grows; of what it lost less, it shrinks.
+LEAD_GAIN = 0.25
 # Of so many results the quickest tells how the device's time relates to ours.
 NUM_RESULTS = 64
 
@@ -47,11 +47,9 @@ class PlanTiming:
         device_ns = result.forward_ns + result.sample_ns
         if not device_ns:
             return
-        if sent.is_held and result.idle_ns > TOLERATED_IDLE_NS:
-            growth_ns = min(result.idle_ns + LEAD_MARGIN_NS, MAX_LEAD_GROWTH_NS)
-            self._lead_ns = min(MAX_LEAD_NS, self._lead_ns + growth_ns)
-        else:
-            self._lead_ns = max(MIN_LEAD_NS, self._lead_ns - LEAD_DECAY_NS)
+        lost_ns = min(result.idle_ns, MAX_COUNTED_IDLE_NS) if sent.is_held else 0
+        self._lead_ns += int((lost_ns - TOLERATED_IDLE_SHARE * device_ns) * LEAD_GAIN)
+        self._lead_ns = min(max(self._lead_ns, MIN_LEAD_NS), MAX_LEAD_NS)
         if not sent.plan.num_prefill_tokens:
             self._step_ns = device_ns
         self._device_ns += result.idle_ns + device_ns

@@ -23,8 +23,9 @@ T = TypeVar("T")
 MAX_PLANS_IN_FLIGHT = 2
 
 # A signal that arrives in the instant before the queue's wait begins does not end that wait: Python runs its handler
-# once the wait is over.
-SIGNAL_POLL_S = 0.2
+# once the wait is over. Garbage is collected after such a wait, too: right after the last step a search for it, which
+# takes milliseconds, would hold up a request that follows closely.
+IDLE_POLL_S = 0.2
 
 # How often the loop looks whether the device has ended a step, while it waits for the plan of the next one.
 DEVICE_POLL_S = 0.0002
@@ -92,9 +93,12 @@ class StepLoop:
         self._end_stream(FatalError("the shard is shutting down"))
 
     def _next_task(self) -> Callable[[], None]:
-        """The next task; finishing the oldest step if that comes first, or if no more may be launched before."""
+        """The next task; finishing the oldest step if that comes first, or if no more may be launched before.
+
+        Where there has been none for long, collecting garbage.
+        """
         if not self._in_flight:
-            return self._wait_for_task(SIGNAL_POLL_S) or _do_nothing
+            return self._wait_for_task(IDLE_POLL_S) or self.runner.collect_garbage
         if len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
             _, oldest = self._in_flight[0]
             while not oldest.is_done():
@@ -202,5 +206,3 @@ class StepLoop:
         if stream.is_ended:
             return
         stream.slots.release()
-        if not result.num_tokens and not self._in_flight:
-            self.runner.collect_garbage()

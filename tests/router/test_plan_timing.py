@@ -18,6 +18,7 @@ class Device:
     step_ns: int
     latency_ns: int
     jitter_ns: int = 0  # how much later than that results come, in the mean
+    stalls: tuple[float, int] = (0.0, 0)  # the share of plans that reach it so much later
     random: Random = field(default_factory=lambda: Random(1))
     now_ns: int = 1_000 * MS
     free_ns: int = 0
@@ -30,7 +31,9 @@ class Device:
         """The plan, its result, and when that comes."""
         self.step += 1
         sent = PlanInFlight(StepPlan(self.step, num_decode_tokens=1), self.now_ns, is_held)
-        start_ns = max(self.free_ns, self.now_ns + self.latency_ns)
+        share, stall_ns = self.stalls
+        stall_ns *= self.random.random() < share
+        start_ns = max(self.free_ns, self.now_ns + self.latency_ns + stall_ns)
         idle_ns = start_ns - self.free_ns if self.free_ns else 0
         self.idle_ns += idle_ns
         self.free_ns = start_ns + self.step_ns
@@ -62,6 +65,28 @@ def test_plans_leave_late_and_the_device_hardly_ever_waits(jitter_ns: int) -> No
     later = sorted(device.headroom_ns[1000:])
     assert later[len(later) // 2] < 3 * MS
     assert device.idle_ns / device.free_ns < 0.01
+
+
+@pytest.mark.parametrize("stalls", [(0.01, 3 * MS), (0.05, MS), (0.002, 50 * MS)])
+def test_stalls_now_and_then_are_no_reason_to_send_all_plans_early(stalls: tuple[float, int]) -> None:
+    device = Device(PlanTiming(), step_ns=6 * MS, latency_ns=MS, stalls=stalls)
+    device.run(4000)
+    later = sorted(device.headroom_ns[1000:])
+    assert later[len(later) // 2] < 2.5 * MS
+    early = Device(PlanTiming(), step_ns=6 * MS, latency_ns=MS, stalls=stalls)
+    early.timing.due_ns = lambda running, now_ns: now_ns  # type: ignore[method-assign]
+    early.run(4000)
+    assert device.idle_ns / device.free_ns < early.idle_ns / early.free_ns + 0.008
+
+
+def test_the_lead_shrinks_again_once_a_slow_way_has_become_quick() -> None:
+    device = Device(PlanTiming(), step_ns=6 * MS, latency_ns=2 * MS)
+    device.run(1000)
+    slow = sorted(device.headroom_ns[500:])
+    device.latency_ns = MS // 2
+    device.run(4000)
+    quick = sorted(device.headroom_ns[-500:])
+    assert quick[len(quick) // 2] < slow[len(slow) // 2] - MS // 2
 
 
 @pytest.mark.parametrize("latency_ms", [3, 6, 20])

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +182,36 @@ def test_what_is_compiled_at_its_launch_is_logged(
             with compilation._compiling_for(H100):
                 first.kernel.preload(first.specialization)
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == ["Compiled read_tokens_kernel"]
+
+
+class KernelWithHistory:
+    """Has a key that tells which kernels had theirs before, as kernels of some versions of Triton do."""
+
+    def __init__(self, name: str, src: str, history: list[str]) -> None:
+        self.fn = SimpleNamespace(__name__=name)
+        self.src = src
+        self._history = history
+
+    @cached_property
+    def cache_key(self) -> str:
+        self._history.append(self.fn.__name__)
+        return " ".join(self._history)
+
+    def preload(self, specialization: str) -> None:
+        """Leave the key in the file of that name."""
+        Path(specialization).write_text(self.cache_key)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_keys_are_those_of_launches_in_the_noted_order(tmp_path: Path) -> None:
+    """Whichever is compiled first."""
+    history: list[str] = []
+    sources = {"first": "short", "second": "the longest", "third": "longer"}
+    kernels = [KernelWithHistory(name, src, history) for name, src in sources.items()]
+    noted = [Variant(kernel, str(tmp_path / kernel.fn.__name__)) for kernel in kernels]
+    assert compile_variants(noted, H100, 2) == 0
+    keys = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert keys == {"first": "first", "second": "first second", "third": "first second third"}
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
