@@ -151,7 +151,7 @@ class QueueTimeExceeded(Overloaded):
 
 
 class GrammarsOverloaded(Overloaded):
-    """More grammars wait to be compiled than is bearable."""
+    """More grammars wait to be compiled than is bearable, or the process that tries them does not start."""
 
     rejection = "grammars"
 

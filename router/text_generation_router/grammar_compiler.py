@@ -66,7 +66,7 @@ class OutcomeCache:
 
 
 class WorkerDied(Exception):
-    """The process ended before it answered."""
+    """The process ended before it answered, or did not start in time; the text says which."""
 
 
 class Worker:
@@ -82,27 +82,40 @@ class Worker:
     async def start(cls, tokens: Sequence[bytes]) -> "Worker":
         """A process that has its tokens loaded; raises WorkerDied."""
         environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _QUIET
-        process = await asyncio.create_subprocess_exec(
-            *_COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=environment
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *_COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=environment
+            )
+        except OSError as error:
+            raise WorkerDied(error.strerror) from error
         worker = cls(process)
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 await worker.ask(*tokens)
+        except TimeoutError as error:
+            await worker.kill()
+            raise WorkerDied(f"not ready after {START_LIMIT_S:g} s") from error
         except BaseException:
             await worker.kill()
             raise
         return worker
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process has not been seen to end."""
+        return self._process.returncode is None
+
     async def ask(self, *contents: bytes) -> bytes:
         """The answer to a request of one or more frames; raises WorkerDied."""
         try:
+            if self._requests.is_closing():  # a write to a pipe that is closed is a RuntimeError of uvloop's
+                raise ConnectionResetError
             self._requests.write(b"".join(map(frame, contents)))
             await self._requests.drain()
             header = await self._answers.readexactly(LENGTH_BYTES)
             return await self._answers.readexactly(int.from_bytes(header))
         except (ConnectionError, asyncio.IncompleteReadError) as error:
-            raise WorkerDied from error
+            raise WorkerDied("the process ended") from error
 
     async def kill(self) -> None:
         """End it whatever it is doing."""
@@ -174,7 +187,7 @@ class GrammarCompiler:
 
     async def _try(self, grammar: Grammar) -> Outcome:
         async with self._slots:
-            worker = self._idle.pop() if self._idle else await self._start_worker()
+            worker = await self._take_worker()
             self._keep_spare()
             try:
                 async with asyncio.timeout(TIME_LIMIT_S):
@@ -195,8 +208,24 @@ class GrammarCompiler:
         self._cache.put(grammar, outcome)
         return outcome
 
+    async def _take_worker(self) -> Worker:
+        """An idle worker or a new one; raises GrammarsOverloaded."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.is_alive:
+                return worker
+            await self._drop(worker)  # killed by somebody else
+        return await self._start_worker()
+
     async def _start_worker(self) -> Worker:
-        worker = await Worker.start(self._tokens)
+        """Another worker; raises GrammarsOverloaded."""
+        try:
+            worker = await Worker.start(self._tokens)
+        except WorkerDied as error:
+            logger.warning("A process that tries grammars did not start: %s", error)
+            raise GrammarsOverloaded(
+                ": the process that tries grammars did not start; send the request again"
+            ) from None
         self._workers.add(worker)
         return worker
 
@@ -212,7 +241,5 @@ class GrammarCompiler:
             self._spare = asyncio.create_task(self._start_spare())
 
     async def _start_spare(self) -> None:
-        try:
+        with contextlib.suppress(GrammarsOverloaded):  # the next grammar starts another
             self._idle.append(await self._start_worker())
-        except (WorkerDied, TimeoutError, OSError):
-            logger.exception("A process that tries grammars did not start; the next grammar starts it again")

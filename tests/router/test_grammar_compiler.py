@@ -1,15 +1,21 @@
 """Real workers: absurd grammars are refused in bounded time, end with their process, and hold up nobody else."""
 
 import asyncio
+import gc
 import os
+import signal
+import sys
 import time
 
 import pytest
-from text_generation_router.errors import Overloaded
+import uvloop
+from text_generation_router import grammar_compiler
+from text_generation_router.errors import GrammarsOverloaded, Overloaded
 from text_generation_router.grammar import Grammar
 from text_generation_router.grammar_compiler import (
     MAX_GRAMMAR_BYTES,
     MAX_WAITING,
+    START_LIMIT_S,
     TIME_LIMIT_S,
     GrammarCompiler,
     Outcome,
@@ -32,18 +38,20 @@ class Shard:
         return "too large for me" if "unready" in text else ""
 
 
-def with_compiler(test) -> None:
+def with_compiler(test, starts: bool = True) -> None:
     async def run() -> None:
         shard = Shard()
         compiler = GrammarCompiler(TOKENS, [EOS], shard.prepare)
-        compiler.start()
+        if starts:
+            compiler.start()
         try:
             await test(compiler, shard)
         finally:
             await compiler.close()
         assert not compiler._workers
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the router runs it
+        runner.run(run())
 
 
 def multiple_of(number: int) -> Grammar:
@@ -112,17 +120,81 @@ def test_absurd_grammars_are_refused(name):
     with_compiler(test)
 
 
+def late_grammar() -> Grammar:
+    """Branches each of which needs the next one: their check takes a minute of a slow processor and 5 MB."""
+    return Grammar.from_schema({"anyOf": [*({"$ref": f"#/anyOf/{number}"} for number in range(1, 10_000)), {}]})
+
+
 def test_the_process_of_a_late_grammar_ends():
     async def test(compiler, shard):
         await compiler.compile(Grammar.from_regex("first"))
         before = {worker._process.pid for worker in compiler._workers}
         with pytest.raises(RefusedGrammar, match=f"{TIME_LIMIT_S:g} s"):
-            await compiler.compile(multiple_of(9_999_991))
+            await compiler.compile(late_grammar())
         left = {worker._process.pid for worker in compiler._workers}
         assert before - left or not before & left
         for pid in before - left:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+    with_compiler(test)
+
+
+DYING = (sys.executable, "-c", "pass")
+SILENT = (sys.executable, "-c", "import sys; sys.stdin.read()")
+
+
+@pytest.mark.parametrize(
+    ("command", "ends_before_it_is_asked", "limit_s", "reason"),
+    [
+        (DYING, True, START_LIMIT_S, "the process ended"),
+        (DYING, False, START_LIMIT_S, "the process ended"),
+        (SILENT, False, 0.01, "not ready after 0.01 s"),
+        (("/nowhere/python",), False, START_LIMIT_S, "No such file"),
+    ],
+)
+def test_a_process_that_does_not_start(monkeypatch, caplog, command, ends_before_it_is_asked, limit_s, reason):
+    """One line of the log for each start, a 429 for the grammar that needed it, and the next grammar starts another."""
+    spawn = asyncio.create_subprocess_exec
+
+    async def spawn_and_wait(*arguments, **options):
+        process = await spawn(*arguments, **options)
+        if ends_before_it_is_asked:
+            await process.wait()
+            await process.stdin.wait_closed()
+        return process
+
+    async def test(compiler, shard):
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "create_subprocess_exec", spawn_and_wait)
+            patch.setattr(grammar_compiler, "_COMMAND", command)
+            patch.setattr(grammar_compiler, "START_LIMIT_S", limit_s)
+            compiler.start()
+            await asyncio.wait([compiler._spare])
+            with pytest.raises(GrammarsOverloaded, match="did not start; send the request again"):
+                await compiler.compile(Grammar.from_regex("a"))
+        assert "a" in await compiler.compile(Grammar.from_regex("a"))
+
+    with_compiler(test, starts=False)
+    gc.collect()  # so that an exception that nobody has retrieved would be logged
+    records = [record for record in caplog.records if record.levelname != "DEBUG"]
+    assert len(records) == 2
+    for record in records:
+        assert record.getMessage().startswith(f"A process that tries grammars did not start: {reason}")
+        assert record.exc_info is None
+
+
+def test_idle_processes_that_are_killed():
+    async def test(compiler, shard):
+        await compiler.compile(Grammar.from_regex("first"))
+        await asyncio.wait([compiler._spare])
+        idle = [worker._process for worker in compiler._idle]
+        assert idle
+        for process in idle:
+            os.kill(process.pid, signal.SIGKILL)
+            await process.wait()
+        assert "next" in await compiler.compile(Grammar.from_regex("next"))
+        assert not {process.pid for process in idle} & {worker._process.pid for worker in compiler._workers}
 
     with_compiler(test)
 
