@@ -4,31 +4,17 @@ Which kernels run, and on what grid, follows from the workspace's layout alone, 
 serves every step that fits the layout.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 
-from text_generation_kernels import reference
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import INTERPRETS, early_launch, runs_kernel
+from text_generation_kernels.dispatch import INTERPRETS, early_launch
 from text_generation_kernels.side_stream import beside, join
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Partial results that one program of the merge reads at a time.
 MERGE_SLOTS = 8
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """The sequences of a step. The kernels read the block tables alone; a CPU's reference reads the rest."""
-
-    block_tables: torch.Tensor  # [B, max_blocks] int32; entries behind a sequence's blocks are not read
-    query_starts: torch.Tensor  # [B + 1] int32
-    sequence_lengths: torch.Tensor  # [B] int32
-    max_query_length: int
-    max_sequence_length: int
 
 
 class AttentionWorkspace:
@@ -73,22 +59,19 @@ def paged_attention(
     query: torch.Tensor,  # [T, H, D]
     key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
     value_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
-    batch: AttentionBatch,
+    block_tables: torch.Tensor,  # [B, max_blocks] int32; entries behind a sequence's blocks are not read
+    workspace: AttentionWorkspace,
     scale: float,
     sliding_window: int | None = None,  # the one the plan was made with
     soft_cap: float | None = None,
-    workspace: AttentionWorkspace | None = None,  # only a CPU does without
     output: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention, [T, H, D], of each sequence's newest tokens. Tokens outside the plan are not written."""
-    if not runs_kernel(query):
-        return _on_cpu(query, key_cache, value_cache, batch, scale, sliding_window, soft_cap, output)
-    assert workspace is not None, "the kernels need a plan"
     output = torch.empty_like(query) if output is None else output
-    _check(query, key_cache, value_cache, batch, scale, workspace, output)
+    _check(query, key_cache, value_cache, block_tables, scale, workspace, output)
     layout = workspace.layout
     factors = (scale, soft_cap or 0.0, sliding_window or 0)
-    tensors = (query, key_cache, value_cache, batch, workspace, output)
+    tensors = (query, key_cache, value_cache, block_tables, workspace, output)
     if layout.wide is None:
         _launch_items("narrow", layout.narrow, *tensors, factors)
         return output
@@ -114,7 +97,7 @@ def _launch_items(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    batch: AttentionBatch,
+    block_tables: torch.Tensor,
     workspace: AttentionWorkspace,
     output: torch.Tensor,
     factors: tuple[float, float, int],  # scale, soft cap or 0, sliding window or 0
@@ -124,11 +107,11 @@ def _launch_items(
     # Beside the wide kernel a token's pieces may be of both, and a kernel started early would have two to wait for.
     merges = workspace.layout.wide is None
     attention_items_kernel[(tile.num_workers * num_kv_heads,)](
-        query, key_cache, value_cache, batch.block_tables,
+        query, key_cache, value_cache, block_tables,
         workspace.section(f"{name}_starts"), workspace.section(f"{name}_items"),
         workspace.section("row_tokens"), workspace.section("row_positions"), workspace.section("row_slots"),
         output, workspace.partial_output, workspace.partial_weight, workspace.arrivals,
-        batch.block_tables.stride(0), *factors,
+        block_tables.stride(0), *factors,
         GROUP_SIZE=workspace.layout.group_size, NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
@@ -142,7 +125,7 @@ def _check(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    batch: AttentionBatch,
+    block_tables: torch.Tensor,
     scale: float,
     workspace: AttentionWorkspace,
     output: torch.Tensor,
@@ -156,31 +139,10 @@ def _check(
     assert workspace.partial_output.shape[1:] == (num_heads, head_dim)
     assert key_cache.shape == value_cache.shape
     assert key_cache.shape[1:] == (num_kv_heads, layout.block_size, head_dim)
-    assert batch.block_tables.dtype == torch.int32
-    assert batch.block_tables.stride(1) == 1
-    assert batch.block_tables.shape[0] <= layout.max_sequences
+    assert block_tables.dtype == torch.int32
+    assert block_tables.stride(1) == 1
+    assert block_tables.shape[0] <= layout.max_sequences
     assert output.shape == query.shape
     for tensor in (query, key_cache, value_cache, output):
         assert tensor.is_contiguous()
         assert tensor.dtype == query.dtype
-
-
-def _on_cpu(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    output: torch.Tensor | None,
-) -> torch.Tensor:
-    tables = (batch.block_tables, batch.query_starts, batch.sequence_lengths)
-    if soft_cap is not None:
-        result = reference.soft_capped_paged_attention(
-            query, key_cache, value_cache, *tables, scale, soft_cap, sliding_window
-        )
-    else:
-        lengths = (batch.max_query_length, batch.max_sequence_length)
-        result = reference.paged_attention(query, key_cache, value_cache, *tables, *lengths, scale, sliding_window)
-    return result if output is None else output.copy_(result)

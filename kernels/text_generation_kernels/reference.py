@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: what the Triton kernels are tested against, and what a CPU runs.
+"""Operations in plain PyTorch: what the Triton kernels are tested against, and most of what a CPU runs.
 
 Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size, V vocabulary.
 """
@@ -55,10 +55,6 @@ def write_kv(
     value_cache[blocks, :, offsets] = value[rows].to(value_cache.dtype)
 
 
-# Up to here sequences of different lengths are decoded in one product, padded to the longest.
-_SHORT_LENGTH = 256
-
-
 def paged_attention(
     query: torch.Tensor,  # [T, H, D]
     key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
@@ -66,119 +62,34 @@ def paged_attention(
     block_tables: torch.Tensor,  # [B, max_blocks] int32
     query_starts: torch.Tensor,  # [B + 1] int32
     sequence_lengths: torch.Tensor,  # [B] int32
-    max_query_length: int,
-    max_sequence_length: int,
     scale: float,
     sliding_window: int | None = None,  # positions attended to, the query's own included
+    soft_cap: float | None = None,  # scores are bent into (-soft_cap, soft_cap) by a hyperbolic tangent
 ) -> torch.Tensor:
     """Causal attention of each sequence's newest tokens over its blocks; the last query is its last token."""
-    if max_query_length == 1:
-        return _decode_by_length(
-            query, key_cache, value_cache, block_tables, sequence_lengths, max_sequence_length, scale, sliding_window
-        )
-    starts, lengths = query_starts.tolist(), sequence_lengths.tolist()
-    output = torch.empty_like(query)
-    decode_rows = [row for row in range(len(lengths)) if starts[row + 1] - starts[row] == 1]
-    if decode_rows:
-        rows = torch.tensor(decode_rows, device=query.device)
-        tokens = query_starts[rows].long()
-        longest = max(lengths[row] for row in decode_rows)
-        output[tokens] = _decode_by_length(
-            query[tokens], key_cache, value_cache, block_tables[rows], sequence_lengths[rows], longest, scale,
-            sliding_window,
-        )  # fmt: skip
-    for row, length in enumerate(lengths):
-        start, end = starts[row], starts[row + 1]
-        if end - start > 1:
-            keys = _gather(key_cache, block_tables[row : row + 1], length)
-            values = _gather(value_cache, block_tables[row : row + 1], length)
-            output[start:end] = _prefill(query[start:end], keys, values, scale, sliding_window)
-    return output
-
-
-def _gather(cache: torch.Tensor, block_tables: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` positions of each sequence, whole blocks copied."""  # [KVH, B, length, D]
-    _, num_kv_heads, block_size, head_dim = cache.shape
-    num_blocks = -(-length // block_size)
-    blocks = block_tables[:, :num_blocks].reshape(-1).long()
-    taken = cache.transpose(0, 1)[:, blocks]
-    return taken.view(num_kv_heads, block_tables.shape[0], num_blocks * block_size, head_dim)[:, :, :length]
-
-
-def _decode_by_length(
-    query: torch.Tensor,  # [B, H, D]
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    sequence_lengths: torch.Tensor,
-    max_sequence_length: int,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Rows whose lengths are of one power of two are gathered together, so one long sequence costs only itself."""
-    if query.is_cuda or max_sequence_length <= _SHORT_LENGTH:
-        return _decode(
-            query, key_cache, value_cache, block_tables, sequence_lengths, max_sequence_length, scale, sliding_window
-        )
-    classes = torch.frexp(sequence_lengths.clamp(min=_SHORT_LENGTH).float() - 0.5).exponent
-    output = torch.empty_like(query)
-    for length_class in classes.unique().tolist():
-        rows = (classes == length_class).nonzero().squeeze(1)
-        lengths = sequence_lengths[rows]
-        tables = block_tables[rows]
-        longest = int(lengths.max())
-        output[rows] = _decode(query[rows], key_cache, value_cache, tables, lengths, longest, scale, sliding_window)
-    return output
-
-
-def _decode(
-    query: torch.Tensor,  # [B, H, D]
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    sequence_lengths: torch.Tensor,
-    max_sequence_length: int,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """One query a sequence. The heads of a group are the rows of one product, so K and V are read once."""
-    batch, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[1]
-    keys = _gather(key_cache, block_tables, max_sequence_length)
-    values = _gather(value_cache, block_tables, max_sequence_length)
-    grouped = query.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(0, 1)
-    key_positions = torch.arange(max_sequence_length, device=query.device)
-    lengths = sequence_lengths.clamp(min=1).unsqueeze(1)
-    mask = key_positions < lengths
-    if sliding_window is not None:
-        mask &= key_positions >= lengths - sliding_window
-    # What a block holds beyond a sequence's end may be anything, NaN included, which no mask makes harmless.
-    beyond = ~mask[None, :, :, None]
-    keys.masked_fill_(beyond, 0)
-    values.masked_fill_(beyond, 0)
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[None, :, None], scale=scale)
-    return output.transpose(0, 1).reshape(batch, num_heads, head_dim)
+    starts = query_starts.tolist()
+    output = torch.zeros_like(query)
+    for row, length in enumerate(sequence_lengths.tolist()):
+        start, end = starts[row], starts[row + 1]
+        if start == end:
+            continue
+        keys, values = (_gather(cache, block_tables[row], length).float() for cache in (key_cache, value_cache))
+        grouped = query[start:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [KVH, group, Q, D]
+        scores = (grouped.float() @ keys.transpose(2, 3)) * scale
+        if soft_cap is not None:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        mask = _causal_mask(end - start, length, sliding_window, query.device)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        output[start:end] = (weights @ values).permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
+    return output
 
 
-def _prefill(
-    query: torch.Tensor,  # [Q, H, D]
-    keys: torch.Tensor,  # [KVH, 1, S, D]
-    values: torch.Tensor,  # [KVH, 1, S, D]
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Several queries of one sequence, the last at the last key. Keys are expanded over a group, not copied."""
-    query_length, num_heads, head_dim = query.shape
-    num_kv_heads, _, length, _ = keys.shape
-    group = num_heads // num_kv_heads
-    grouped = query.view(query_length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    is_whole = query_length == length and (sliding_window is None or sliding_window >= length)
-    mask = None if is_whole else _causal_mask(query_length, length, sliding_window, query.device)
-    output = F.scaled_dot_product_attention(
-        grouped, keys.expand(-1, group, -1, -1), values.expand(-1, group, -1, -1),
-        attn_mask=mask, is_causal=is_whole, scale=scale,
-    )  # fmt: skip
-    return output.permute(2, 0, 1, 3).reshape(query_length, num_heads, head_dim)
+def _gather(cache: torch.Tensor, block_table: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` positions of a sequence."""  # [KVH, 1, length, D]
+    num_blocks = -(-length // cache.shape[2])
+    taken = cache[block_table[:num_blocks].long()]
+    return taken.transpose(0, 1).flatten(1, 2)[:, None, :length]
 
 
 def _causal_mask(query_length: int, length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
@@ -188,35 +99,6 @@ def _causal_mask(query_length: int, length: int, sliding_window: int | None, dev
     if sliding_window is not None:
         mask &= key_positions > query_positions - sliding_window
     return mask  # [query_length, length]
-
-
-def soft_capped_paged_attention(
-    query: torch.Tensor,  # [T, H, D]
-    key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,  # [B, max_blocks] int32
-    query_starts: torch.Tensor,  # [B + 1] int32
-    sequence_lengths: torch.Tensor,  # [B] int32
-    scale: float,
-    soft_cap: float,  # scores are bent into (-soft_cap, soft_cap) by a hyperbolic tangent
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """`paged_attention` with capped scores, one sequence after another."""
-    num_kv_heads = key_cache.shape[1]
-    starts = query_starts.tolist()
-    output = torch.zeros_like(query)
-    for row, length in enumerate(sequence_lengths.tolist()):
-        start, end = starts[row], starts[row + 1]
-        if start == end:
-            continue
-        keys, values = (_gather(cache, block_tables[row : row + 1], length) for cache in (key_cache, value_cache))
-        grouped = query[start:end].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [KVH, group, Q, D]
-        scores = (grouped.float() @ keys.float().transpose(2, 3)) * scale
-        mask = _causal_mask(end - start, length, sliding_window, query.device)
-        capped = (soft_cap * (scores / soft_cap).tanh()).masked_fill(~mask, -torch.inf)
-        result = capped.softmax(dim=-1) @ values.float()
-        output[start:end] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
-    return output
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from text_generation_kernels.cpu_attention import CpuAttentionPlan
-from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
+from text_generation_kernels.paged_attention import AttentionWorkspace
 
 from text_generation_shard.kv_cache import KvCaches
 
@@ -16,8 +16,8 @@ class KernelAttentionPlan:
     """What attention by kernels reads, all of it in device memory."""
 
     slot_mapping: torch.Tensor  # [num_tokens]: where each token's key and value go; -1: nowhere
-    batch: AttentionBatch
-    workspaces: Mapping[int | None, AttentionWorkspace] = field(default_factory=dict)  # by sliding window
+    block_tables: torch.Tensor  # [num_sequences, max_blocks] int32
+    workspaces: Mapping[int | None, AttentionWorkspace]  # by sliding window
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from text_generation_kernels.attention_layout import MAX_NARROW_QUERY, AttentionLayout
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
-from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace
+from text_generation_kernels.paged_attention import AttentionWorkspace
 from text_generation_kernels.sampling import Sampled, SamplingParameters, choose_best, sample
 from text_generation_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from text_generation_kernels.token_exchange import (
@@ -325,9 +325,8 @@ class GpuExecution:
     def _run_layers(self, kind: Kind, num_tokens: int) -> torch.Tensor:
         """Hidden states of the step's tokens; those of the rows that may sample are kept for the head."""
         buffer = self._buffers.device
-        # The kernels read the block tables and their own plans, nothing else of this.
-        attention = AttentionBatch(self._block_tables, *_NOTHING, 0, 0)
-        plan = KernelAttentionPlan(buffer["slots"][:num_tokens], attention, self._kinds[kind].workspaces)
+        slots, workspaces = buffer["slots"][:num_tokens], self._kinds[kind].workspaces
+        plan = KernelAttentionPlan(slots, self._block_tables, workspaces)
         with forward_context(ForwardContext(self._kv_caches, plan)):
             token_ids = read_tokens(buffer["input_ids"][:num_tokens], self._last_tokens)
             hidden = self._model.model(token_ids, buffer["positions"][:num_tokens])
@@ -391,9 +390,6 @@ def _as_rank_0(sampled: Sampled) -> Sampled:
         return sampled
     tokens = distributed.broadcast(torch.where(sampled.is_finite, sampled.tokens, NO_TOKEN))
     return sampled._replace(tokens=tokens.clamp(min=0), is_finite=tokens != NO_TOKEN)
-
-
-_NOTHING = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))
 
 
 def _plan_name(kind: Kind, window: int | None) -> str:

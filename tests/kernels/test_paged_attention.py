@@ -10,7 +10,7 @@ from text_generation_kernels import reference
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
-from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace, paged_attention
+from text_generation_kernels.paged_attention import AttentionWorkspace, paged_attention
 from text_generation_kernels.shared_prefix import SharedPrefix
 
 pytestmark = pytest.mark.interpreted
@@ -42,6 +42,12 @@ class Case:
         """The usual one."""
         return 1 / math.sqrt(self.head_dim)
 
+    @property
+    def extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each sequence's queries start, and behind the last end; the sequences' lengths."""
+        query_lengths, lengths = np.array(self.steps, np.int32).T
+        return np.concatenate(([0], np.cumsum(query_lengths))).astype(np.int32), lengths
+
 
 def some(*values: object, slow: tuple[object, ...]) -> list[object]:
     """Parameters of a test; some only for its longer form, for the interpreter takes a second for each."""
@@ -51,7 +57,7 @@ def some(*values: object, slow: tuple[object, ...]) -> list[object]:
 def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels' output and the exact one, both of the step's own tokens."""
     inputs = random_inputs(case, device, padding)
-    query, key_cache, value_cache, batch = inputs
+    query = inputs[0]
     layout = AttentionLayout(
         group_size=case.group_size,
         block_size=case.block_size,
@@ -62,15 +68,14 @@ def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tenso
     )
     plan = torch.full((layout.size,), 2**30, dtype=torch.int32)
     prefixes = [] if case.shared is None else [SharedPrefix(np.array(case.shared[0]), case.shared[1])]
-    starts, lengths = batch.query_starts.cpu().numpy(), batch.sequence_lengths.cpu().numpy()
-    plan_attention(layout, plan.numpy(), starts, lengths, case.sliding_window, prefixes)
+    plan_attention(layout, plan.numpy(), *case.extents, case.sliding_window, prefixes)
     workspace = AttentionWorkspace(layout, case.num_kv_heads, case.head_dim, device)
     workspace.load(plan)
     workspace.partial_output.fill_(math.nan)
     workspace.partial_weight.fill_(math.nan)
     output = torch.full_like(query, math.nan)
     options = (case.scale, case.sliding_window, case.soft_cap)
-    result = paged_attention(query, key_cache, value_cache, batch, *options, workspace, output)
+    result = paged_attention(*inputs, workspace, *options, output)
     assert result is output
     num_tokens = query.shape[0] - padding
     assert output[num_tokens:].isnan().all(), "padding is not written"
@@ -79,7 +84,7 @@ def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tenso
 
 def random_inputs(
     case: Case, device: torch.device, padding: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Caches full of NaN but for the sequences' own keys; tables of wild numbers but for their own blocks."""
     torch.manual_seed(len(case.steps) + case.head_dim)
     query_lengths, lengths = (list(column) for column in zip(*case.steps, strict=True))
@@ -100,27 +105,22 @@ def random_inputs(
         key_cache[where] = 2 * torch.randn(length, case.num_kv_heads, case.head_dim)
         value_cache[where] = torch.randn(length, case.num_kv_heads, case.head_dim)
     query = 2 * torch.randn(num_tokens + padding, case.num_kv_heads * case.group_size, case.head_dim)
-    starts = torch.tensor([0, *np.cumsum(query_lengths)], dtype=torch.int32)
-    batch = AttentionBatch(
-        tables.to(device), starts.to(device), torch.tensor(lengths, dtype=torch.int32, device=device),
-        max(query_lengths), max(lengths),
-    )  # fmt: skip
     caches = [cache.to(device, case.dtype).contiguous() for cache in (key_cache, value_cache)]
-    return query.to(device, case.dtype), caches[0], caches[1], batch
+    return query.to(device, case.dtype), caches[0], caches[1], tables.to(device)
 
 
 def exact(
-    case: Case, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: AttentionBatch
+    case: Case, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tables: torch.Tensor
 ) -> torch.Tensor:
     """Token by token, head by head, in float64."""
     results = []
     for row, (query_length, length) in enumerate(case.steps):
-        start = int(batch.query_starts[row])
+        start = int(case.extents[0][row])
         for i in range(query_length):
             position = length - query_length + i
             first = 0 if case.sliding_window is None else max(0, position - case.sliding_window + 1)
             seen = torch.arange(first, position + 1, device=query.device)
-            where = (batch.block_tables[row, seen // case.block_size].long(), slice(None), seen % case.block_size)
+            where = (tables[row, seen // case.block_size].long(), slice(None), seen % case.block_size)
             keys, values = key_cache[where].double(), value_cache[where].double()
             for head in range(query.shape[1]):
                 of = head // case.group_size
@@ -195,8 +195,8 @@ def test_the_launch_tables_tiles(head_dim, dtype, device):
     shape = AttentionShape(case.group_size, 1, head_dim, case.block_size, dtype)
     layout = attention_layout(shape, device, max_tokens=72, max_sequences=3, has_prompts=True)
     inputs = random_inputs(case, device, 0)
-    workspace = planned_workspace(case, inputs[3], device, layout)
-    output = paged_attention(*inputs, case.scale, workspace=workspace)
+    workspace = planned_workspace(case, device, layout)
+    output = paged_attention(*inputs, workspace, case.scale)
     expected = exact(case, *inputs)
     tolerance = TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0)
@@ -204,10 +204,9 @@ def test_the_launch_tables_tiles(head_dim, dtype, device):
 
 def test_soft_cap_of_huge_scores(device):
     case = Case([(1, 20)], num_kv_heads=1, soft_cap=2.0)
-    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
-    huge = (query * 1e4, key_cache, value_cache, batch)
-    workspace = planned_workspace(case, batch, device)
-    output = paged_attention(*huge, case.scale, None, case.soft_cap, workspace)
+    query, *others = random_inputs(case, device, 0)
+    huge = (query * 1e4, *others)
+    output = paged_attention(*huge, planned_workspace(case, device), case.scale, None, case.soft_cap)
     torch.testing.assert_close(output.double().cpu(), exact(case, *huge).cpu(), atol=1e-5, rtol=0)
 
 
@@ -224,36 +223,33 @@ def test_shared_prefix_beside_a_prompt(device):
 
 def test_pieces_are_merged_by_the_last_to_arrive(device):
     case = Case([(1, 90), (7, 61), (16, 16), (1, 1), (2, 70)], wide=False, workers=9, min_key_tiles=1)
-    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
+    inputs = random_inputs(case, device, 0)
     layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9), None)
-    workspace = planned_workspace(case, batch, device, layout)
+    workspace = planned_workspace(case, device, layout)
     assert int(workspace.section("num_merged")[0]) > 0
-    expected = exact(case, query, key_cache, value_cache, batch)
+    expected = exact(case, *inputs)
     for _ in range(2):  # the counts are back at zero
-        output = paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
+        output = paged_attention(*inputs, workspace, case.scale)
         torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
     assert not workspace.arrivals.any()
 
 
 def test_one_plan_buffer_serves_step_after_step(device):
     case = Case([(1, 90), (20, 20)], num_kv_heads=1)
-    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
-    workspace = planned_workspace(case, batch, device)
-    paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
+    inputs = random_inputs(case, device, 0)
+    workspace = planned_workspace(case, device)
+    paged_attention(*inputs, workspace, case.scale)
     shorter = replace(case, steps=[(1, 3), (20, 20)])
-    batch = replace(batch, sequence_lengths=torch.tensor([3, 20], dtype=torch.int32, device=device))
-    workspace.load(planned_workspace(shorter, batch, device, workspace.layout).plan)
-    output = paged_attention(query, key_cache, value_cache, batch, case.scale, workspace=workspace)
-    expected = exact(shorter, query, key_cache, value_cache, batch)
+    workspace.load(planned_workspace(shorter, device, workspace.layout).plan)
+    output = paged_attention(*inputs, workspace, case.scale)
+    expected = exact(shorter, *inputs)
     torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
 
 
-def planned_workspace(
-    case: Case, batch: AttentionBatch, device: torch.device, layout: AttentionLayout | None = None
-) -> AttentionWorkspace:
+def planned_workspace(case: Case, device: torch.device, layout: AttentionLayout | None = None) -> AttentionWorkspace:
     layout = layout or AttentionLayout(case.group_size, case.block_size, 64, 4, Tile(16, 32, 3), Tile(32, 32, 3))
     plan = torch.zeros(layout.size, dtype=torch.int32)
-    plan_attention(layout, plan.numpy(), batch.query_starts.cpu().numpy(), batch.sequence_lengths.cpu().numpy())
+    plan_attention(layout, plan.numpy(), *case.extents)
     workspace = AttentionWorkspace(layout, case.num_kv_heads, case.head_dim, device)
     workspace.load(plan)
     return workspace
@@ -261,8 +257,6 @@ def planned_workspace(
 
 def test_reference_with_soft_cap_is_exact(device):
     case = Case(MIXED, soft_cap=3.0, sliding_window=9)
-    query, key_cache, value_cache, batch = random_inputs(case, device, 0)
-    tables = (batch.block_tables, batch.query_starts, batch.sequence_lengths)
-    output = reference.soft_capped_paged_attention(query, key_cache, value_cache, *tables, case.scale, 3.0, 9)
-    expected = exact(case, query, key_cache, value_cache, batch)
-    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
+    inputs = random_inputs(case, device, 0)
+    output = reference.paged_attention(*inputs, *map(torch.from_numpy, case.extents), case.scale, 9, 3.0)
+    torch.testing.assert_close(output.double(), exact(case, *inputs), atol=1e-5, rtol=0)

@@ -113,8 +113,6 @@ class PagedCase:
             self.tables,
             self.starts,
             torch.tensor([length for _, length in self.lengths], dtype=torch.int32),
-            max(query_length for query_length, _ in self.lengths),
-            max(length for _, length in self.lengths),
             scale,
             window,
         )

@@ -15,7 +15,7 @@ from text_generation_kernels.attention_layout import AttentionLayout
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.benchmarks.harness import Bench, Case
-from text_generation_kernels.paged_attention import AttentionBatch, AttentionWorkspace, paged_attention
+from text_generation_kernels.paged_attention import AttentionWorkspace, paged_attention
 from text_generation_kernels.shared_prefix import find_shared_prefixes
 
 # Tried on the cases of either kernel; what does not fit on the GPU, or spills, falls out by itself.
@@ -89,7 +89,7 @@ def prompt_cases(bench: Bench, shape: AttentionShape) -> Iterator[Case]:
 
 def make_case(bench: Bench, name: str, step: Step, settings: tuple[str, str], has_prompts: bool = False) -> Case:
     """The step's runs, each over caches of its own."""
-    batch, tables, num_blocks = make_batch(bench, step)
+    block_tables, tables, num_blocks = make_tables(bench, step)
     shape, group = step.shape, [step.num_tokens, step.shape.num_heads, step.shape.head_dim]
     cache = [num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim]
     plans = functools.cache(functools.partial(make_workspace, bench, step, tables))
@@ -97,7 +97,7 @@ def make_case(bench: Bench, name: str, step: Step, settings: tuple[str, str], ha
     def run(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         # Asked for on every run: when tuning, the launch table changes between runs. A replay does not come by here.
         layout = attention_layout(shape, bench.device, step.num_tokens, len(step.steps), has_prompts)
-        return paged_attention(query, keys, values, batch, shape.head_dim**-0.5, workspace=plans(layout))
+        return paged_attention(query, keys, values, block_tables, plans(layout), shape.head_dim**-0.5)
 
     inputs = [
         (bench.random(*group), bench.random(*cache), bench.random(*cache))
@@ -107,23 +107,15 @@ def make_case(bench: Bench, name: str, step: Step, settings: tuple[str, str], ha
     return Case(name, runs, step.num_bytes, step.num_flops, settings)
 
 
-def make_batch(bench: Bench, step: Step) -> tuple[AttentionBatch, np.ndarray, int]:
+def make_tables(bench: Bench, step: Step) -> tuple[torch.Tensor, np.ndarray, int]:
     """The sequences' blocks in random order; also on the host, and how many there are."""
-    query_lengths, lengths = np.array(step.steps).T
+    lengths = np.array(step.steps)[:, 1]
     shared = step.shared_length // BLOCK_SIZE
     own = -(-int(lengths.max()) // BLOCK_SIZE) - shared
     order = np.random.default_rng(0).permutation(shared + own * len(lengths)).astype(np.int32)
     common = np.broadcast_to(order[:shared], (len(lengths), shared))
     tables = np.ascontiguousarray(np.concatenate([common, order[shared:].reshape(len(lengths), own)], axis=1))
-    starts = np.concatenate(([0], np.cumsum(query_lengths)))
-    batch = AttentionBatch(
-        torch.from_numpy(tables).to(bench.device),
-        torch.from_numpy(starts.astype(np.int32)).to(bench.device),
-        torch.from_numpy(lengths.astype(np.int32)).to(bench.device),
-        int(query_lengths.max()),
-        int(lengths.max()),
-    )
-    return batch, tables, len(order)
+    return torch.from_numpy(tables).to(bench.device), tables, len(order)
 
 
 def make_workspace(bench: Bench, step: Step, tables: np.ndarray, layout: AttentionLayout) -> AttentionWorkspace:

@@ -55,8 +55,8 @@ class Attention(nn.Module):
             query_norm, key_norm, self.norm_eps,
         )  # fmt: skip
         heads = paged_attention(
-            query, key_cache, value_cache, plan.batch, self.scale, self.sliding_window,
-            workspace=plan.workspaces[self.sliding_window],
+            query, key_cache, value_cache, plan.block_tables, plan.workspaces[self.sliding_window], self.scale,
+            self.sliding_window,
         )  # fmt: skip
         return self.output.add_norm(heads.flatten(1), residual, next_norm)
 
