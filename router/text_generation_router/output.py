@@ -70,10 +70,14 @@ class SequenceOutput:
         if self.finish_reason is None:
             self.stream.write(outputs)
         else:
-            self.stream.num_preemptions = self.sequence.num_preemptions
+            self._tell_costs()
             self.stream.finish(self.finish_reason, outputs)
 
     def fail(self, error: RouterError) -> None:
         """End the stream with an error."""
-        self.stream.num_preemptions = self.sequence.num_preemptions
+        self._tell_costs()
         self.stream.fail(error)
+
+    def _tell_costs(self) -> None:
+        self.stream.num_preemptions = self.sequence.num_preemptions
+        self.stream.num_recomputed_tokens = self.sequence.num_recomputed_tokens

@@ -310,7 +310,9 @@ class Scheduler:
         sequence.num_joined_tokens = len(sequence.token_ids)
         sequence.num_registered_blocks = len(hits)
         if sequence.has_had_turn:
-            self.num_recomputed_tokens += max(0, sequence.num_lost_tokens - num_hit_tokens)
+            num_recomputed_tokens = max(0, sequence.num_lost_tokens - num_hit_tokens)
+            sequence.num_recomputed_tokens += num_recomputed_tokens
+            self.num_recomputed_tokens += num_recomputed_tokens
         else:
             sequence.num_cached_tokens = num_hit_tokens
             self.num_prefix_query_tokens += sequence.num_prompt_tokens

@@ -36,6 +36,7 @@ class Sequence:
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_recomputed_tokens",
         "num_registered_blocks",
         "num_restarts",
         "num_suspicions",
@@ -62,6 +63,7 @@ class Sequence:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.num_preemptions = 0
         self.num_lost_tokens = 0  # computed when it lost its blocks last
+        self.num_recomputed_tokens = 0  # of all that it lost, what prefix hits did not give back
         self.num_restarts = 0  # times that it ran when the shards were lost
         self.num_suspicions = 0  # those of them that it may have caused
         self.num_unsafe_tokens = 0  # as long as it has no more, its next step may be the one that lost the shards

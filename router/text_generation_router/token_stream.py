@@ -76,7 +76,8 @@ class TokenStream:
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     prompt_scores: PromptScores | None = None  # complete once there is a token; None: not asked for
-    num_preemptions: int = 0  # known once it has ended
+    num_preemptions: int = 0  # known once it has ended, like the next one
+    num_recomputed_tokens: int = 0
     prefills: list[PrefillChunk] | None = None  # noted only for a request that is traced
     _outputs: list[TokenOutput] = field(default_factory=list)
     _error: RouterError | None = None

@@ -32,6 +32,7 @@ def test_chat_with_the_real_client(serving, client_of):
             assert answer.usage.completion_tokens == 7
             assert answer.usage.total_tokens == NUM_PROMPT_TOKENS + 7
             assert answer.usage.prompt_tokens_details.cached_tokens == 2
+            assert answer.usage.recomputed_tokens == 3
             assert answer.model == "org/model"
             assert answer.system_fingerprint == "4.0.0-native"
             request = served.engine.log[0]

@@ -35,6 +35,7 @@ def test_n_of_a_chat(serving, client_of):
             assert (usage.prompt_tokens, usage.completion_tokens) == (num_prompt, 21)
             assert usage.total_tokens == num_prompt + 21
             assert usage.prompt_tokens_details.cached_tokens == 2
+            assert usage.recomputed_tokens == 3 * 3  # of each run
             assert served.context.permits.num_taken == 0
 
     asyncio.run(run())

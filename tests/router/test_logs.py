@@ -67,7 +67,8 @@ def test_every_end_has_one_line(serving, make_engine, caplog, until):
     words = [word for word, _ in lines_of(caplog)]
     assert words == ["Success", "Refused", "Failed", "Refused", "Client left", "Client left"]
     good, invalid, failed, refused, left, _ = (fields for _, fields in lines_of(caplog))
-    assert (good["input_tokens"], good["cached_tokens"], good["generated_tokens"]) == (5, 2, 7)
+    sizes = ("input_tokens", "cached_tokens", "generated_tokens", "recomputed_tokens")
+    assert [good[name] for name in sizes] == [5, 2, 7, 3]
     assert good["finish_reason"] == "eos_token"
     order = ("queue_time_ms", "time_to_first_token_ms", "total_time_ms")
     assert 0 <= good[order[0]] <= good[order[1]] <= good[order[2]]

@@ -266,6 +266,7 @@ def test_a_small_memory_preempts_and_everything_still_comes_out_right():
     assert harness.scheduler.num_preemptions > 0
     num_recomputed = harness.shard.computed.total() - len(harness.shard.computed)
     assert harness.scheduler.num_recomputed_tokens == num_recomputed > 0
+    assert sum(sequence.num_recomputed_tokens for sequence in sequences) == num_recomputed
     for sequence in sequences:
         assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
 

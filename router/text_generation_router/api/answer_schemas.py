@@ -117,6 +117,7 @@ ANSWER_SCHEMAS: dict[str, Schema] = {
             "completion_tokens": _COUNT,
             "total_tokens": _COUNT,
             "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
+            "recomputed_tokens": _COUNT,
         }
     ),
     "ChatLogprobs": _object(

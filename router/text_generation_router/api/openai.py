@@ -152,6 +152,7 @@ def usage(generations: Sequence[Generation], is_prompt_only: bool = False) -> di
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
         "prompt_tokens_details": {"cached_tokens": num_cached},
+        "recomputed_tokens": sum(one.stream.num_recomputed_tokens for one in generations),
     }
 
 

@@ -82,6 +82,7 @@ def _sizes(streams: Sequence[TokenStream]) -> dict[str, int]:
         "input_tokens": sum(stream.num_prompt_tokens for stream in streams),
         "cached_tokens": sum(stream.num_cached_tokens for stream in streams),
         "generated_tokens": sum(stream.num_generated_tokens for stream in streams),
+        "recomputed_tokens": sum(stream.num_recomputed_tokens for stream in streams),
     }
 
 
