@@ -8,7 +8,7 @@ in this folder but the simulated shard: it must be the real scheduler.
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from simulated_shard import BLOCK_SIZE, Batch, StepTimes
 from text_generation_proto import shard_pb2
@@ -32,11 +32,21 @@ class IdealRequest:
 
 @dataclass
 class IdealTimes:
-    """When a request started, and when its first and last token were known."""
+    """When a request started, and when each of its tokens was known."""
 
     start_ns: int
-    first_token_ns: int = 0
-    end_ns: int = 0
+    token_ns: list[int] = field(default_factory=list)
+    is_over: bool = False
+
+    @property
+    def first_token_ns(self) -> int:
+        """When the first token was known."""
+        return self.token_ns[0]
+
+    @property
+    def end_ns(self) -> int:
+        """When the last token was known."""
+        return self.token_ns[-1]
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Replay:
             else:
                 self._end_step(step_end_ns)
                 self._send_plans(step_end_ns)
-        assert all(times.end_ns for times in self._times), "a request was never finished"
+        assert all(times.is_over for times in self._times), "a request was never finished"
         return Ideal(
             self._times, self._num_steps, self._scheduler.num_preemptions, self._scheduler.num_prefix_hit_tokens
         )
@@ -116,9 +126,9 @@ class Replay:
         _, result = self._in_flight.popleft()
         for progress in self._scheduler.update(result):
             times = self._times[self._index_of[progress.sequence.sequence_id]]
-            times.first_token_ns = times.first_token_ns or now_ns
+            times.token_ns.append(now_ns)
             if progress.finish_reason is not None:
-                times.end_ns = now_ns
+                times.is_over = True
                 if self._held_back:
                     heapq.heappush(self._arrivals, (now_ns, self._held_back.popleft()))
         if self._arrivals and self._arrivals[0][0] <= now_ns:

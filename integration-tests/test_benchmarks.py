@@ -29,6 +29,15 @@ def test_the_router_runs_the_steps_of_the_replay() -> None:
     assert line["router_cpu_us_per_token"] > 0
 
 
+def test_rows_are_predicted() -> None:
+    command = [sys.executable, str(FOLDER / "predict_rows.py"), "--rows", "chat-c1,chat-rate8"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in printed.splitlines()[2:]]
+    found = {(row, figure): float(predicted) for row, figure, _, predicted in rows}
+    assert found["chat-c1", "ttft_p50_ms"] > found["chat-c1", "tpot_p50_ms"] > 5.0  # its weights, at the copy rate
+    assert found["chat-rate8", "tpot_p50_ms"] > found["chat-c1", "tpot_p50_ms"]
+
+
 def test_a_server_beside_itself(demo: Any) -> None:
     [line] = run_benchmark("bench_cpu.py", "--rows", "chat-c8", "--url", demo.url, "--peer", demo.url)
     assert line["ratios"]["out_tok_s"] == pytest.approx(line["ours"]["out_tok_s"] / line["peer"]["out_tok_s"], rel=1e-3)

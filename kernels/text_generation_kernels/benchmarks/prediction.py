@@ -74,10 +74,10 @@ def product(name: str, rows: int, width: int, depth: int, count: int = LAYERS) -
     )  # fmt: skip
 
 
-def decode_attention(rows: int, context: int) -> Launch:
-    """Sequences of so many tokens, one new token each; the pieces of a sequence are merged by the last."""
+def narrow_attention(num_keys: int) -> Launch:
+    """Decoding sequences of so many tokens together; the pieces of a sequence are merged by the last."""
     settings = settings_of_class("attention_narrow", "h100", f"d{HEAD_DIM}")
-    num_bytes = 2.0 * rows * context * KV_HEADS * HEAD_DIM * ITEM_BYTES
+    num_bytes = 2.0 * num_keys * KV_HEADS * HEAD_DIM * ITEM_BYTES
     tile = 2 * settings["KEYS"] * HEAD_DIM * ITEM_BYTES * (settings["num_stages"] // 2)
     # The list, the item, the block's number, the keys, the partial result, the counter and the others' results.
     return Launch(
@@ -88,9 +88,19 @@ def decode_attention(rows: int, context: int) -> Launch:
 
 def prompt_attention(length: int, cached: int = 0, num_prompts: int = 1) -> Launch:
     """Prompts of so many new tokens behind so many cached ones; of a causal square half is computed."""
-    settings: Settings = settings_of_class("attention_wide", "h100", f"d{HEAD_DIM}")
     num_pairs = float(num_prompts) * length * (cached + (length + 1) / 2)
-    num_bytes = num_prompts * (2.0 * (cached + length) * KV_HEADS + 2.0 * length * HEADS) * HEAD_DIM * ITEM_BYTES
+    num_bytes = num_prompts * (2.0 * (cached + length) * KV_HEADS * HEAD_DIM * ITEM_BYTES + query_bytes(length))
+    return wide_attention(num_pairs, num_bytes)
+
+
+def query_bytes(rows: int) -> float:
+    """Queries and outputs of attention."""
+    return 2.0 * rows * HEADS * HEAD_DIM * ITEM_BYTES
+
+
+def wide_attention(num_pairs: float, num_bytes: float) -> Launch:
+    """Prompts with so many pairs of a token and one that it sees."""
+    settings: Settings = settings_of_class("attention_wide", "h100", f"d{HEAD_DIM}")
     return Launch(
         "attention", "attention, wide", num_bytes, 4 * HEADS * HEAD_DIM * num_pairs, HEADS * num_pairs, num_trips=6,
         programs_per_multiprocessor=settings["CTAS_PER_SM"],
@@ -107,13 +117,16 @@ def row_kernel(name: str, rows: int, num_bytes: float, num_trips: int, count: in
 
 def step(num_decoding: int, context: int, prompt: int = 0) -> Iterator[Launch]:
     """A step of decoding sequences, and perhaps a prompt's tokens."""
-    rows, samples = num_decoding + prompt, num_decoding + (1 if prompt else 0)
+    attention = [narrow_attention(num_decoding * context)] + ([prompt_attention(prompt)] if prompt else [])
+    return step_with(attention, num_decoding + prompt, num_decoding + bool(prompt))
+
+
+def step_with(attention: list[Launch], rows: int, samples: int) -> Iterator[Launch]:
+    """A step of so many tokens, `samples` of which are sampled from, with this attention in each layer."""
     row_bytes, heads = HIDDEN * ITEM_BYTES, HEADS + 2 * KV_HEADS
     yield product("qkv", rows, heads * HEAD_DIM, HIDDEN)
     yield row_kernel("rotary_kv_write", rows, 2.0 * rows * heads * HEAD_DIM * ITEM_BYTES, 3)
-    yield decode_attention(num_decoding, context)
-    if prompt:
-        yield prompt_attention(prompt)
+    yield from attention
     yield product("o", rows, HIDDEN, HEADS * HEAD_DIM)
     yield row_kernel("add_rms_norm", rows, 4.0 * rows * row_bytes, 2, count=2 * LAYERS)
     yield product("gate_up", rows, 2 * INNER, HIDDEN)
@@ -128,9 +141,6 @@ def step(num_decoding: int, context: int, prompt: int = 0) -> Iterator[Launch]:
 PARTS = ("products", "attention", "norms, rotation, activation", "sampling")
 STEPS = {"decode 1": (1, 1100), "decode 32": (32, 1100), "decode 256": (256, 1100),
          "32 + prompt of 512": (32, 1100, 512), "32 + prompt of 2 000": (32, 1100, 2000)}  # fmt: skip
-# Budgets of TPOT, ms, and a step as they see it: sequences running at once (rate times TPOT), tokens of context.
-BUDGETS = {"chat-c1": (5.9, 1, 512), "chat-c4": (6.0, 4, 512), "chat-c32": (6.7, 32, 512), "chat-rate8": (6.2, 8, 512),
-           "chat-rate24": (6.8, 29, 512)}  # fmt: skip
 
 
 def by_part(launches: Iterator[Launch]) -> dict[str, float]:
@@ -148,9 +158,6 @@ def main() -> None:
     for part in PARTS:
         print(f"| {part} | {' | '.join(f'{column[part]:,.0f}' for column in columns)} |")
     print(f"| whole step | {' | '.join(f'{sum(column.values()):,.0f}' for column in columns)} |")
-    print("\n| TPOT p50, ms | asked | predicted |\n|---|---|---|")
-    for name, (asked_ms, *sizes) in BUDGETS.items():
-        print(f"| {name} | {asked_ms} | {sum(by_part(step(*sizes)).values()) / 1e3:.2f} |")
     print("\n| kernel, us each | rows | predicted | floor |\n|---|---|---|---|")
     kernels = [(rows, launch) for rows in (16, 64, 256) for launch in step(rows, 570)]
     kernels += [(length, prompt_attention(length)) for length in (1024, 8192)]

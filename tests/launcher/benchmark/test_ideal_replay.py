@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from text_generation_kernels.benchmarks import prediction
 from text_generation_router.scheduler import SchedulerLimits
 
 MS = 1_000_000
@@ -20,9 +21,10 @@ def scripts():
     import bench_router
     import bench_rows
     import ideal_replay
+    import predict_rows
 
     sys.path.remove(str(SCRIPTS))
-    return {module.__name__: module for module in (bench_cpu, bench_router, bench_rows, ideal_replay)}
+    return {module.__name__: module for module in (bench_cpu, bench_router, bench_rows, ideal_replay, predict_rows)}
 
 
 @pytest.fixture
@@ -90,6 +92,27 @@ def test_a_shared_prefix_is_computed_once(ideal, times):
     replayed = ideal.Replay(times, LIMITS, requests).run(concurrency=1)
     assert replayed.num_prefix_hit_tokens == 16
     assert replayed.num_preemptions == 0
+
+
+def test_figures_of_a_replay(ideal, times, scripts):
+    """Tokens after 6, 13, 21 and 30 ms."""
+    replayed = ideal.Replay(times, LIMITS, [ideal.IdealRequest([5, 6, 7], 4)]).run(concurrency=1)
+    figures = scripts["predict_rows"].figures_of(ideal.Ideal(replayed.times * 2, 0, 0, 0))
+    assert figures["out_tok_s"] == pytest.approx(8 / 0.030)
+    assert [figures[f"{name}_p50_ms"] for name in ("ttft", "tpot", "itl")] == [6, 8, 8]
+    assert figures["itl_p99_ms"] == pytest.approx(9)
+
+
+def test_predicted_steps_are_those_of_the_kernels(scripts):
+    """Steps of the replay count keys and pairs; the kernels' predictions sequences and prompts."""
+    times = scripts["predict_rows"].PredictedTimes()
+
+    def predicted_ns(*sizes):
+        return sum(prediction.by_part(prediction.step(*sizes)).values()) * 1e3
+
+    assert times.step_ns(32, 32 * 1100, 0) == pytest.approx(predicted_ns(32, 1100), rel=1e-6)
+    mixed = times.step_ns(544, 32 * 1100 + 512, 512 * 513 // 2)
+    assert mixed == pytest.approx(predicted_ns(32, 1100, 512), rel=0.01)
 
 
 def test_idle_share(scripts):
