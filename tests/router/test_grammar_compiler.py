@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -182,6 +183,38 @@ def test_a_process_that_does_not_start(monkeypatch, caplog, command, ends_before
     for record in records:
         assert record.getMessage().startswith(f"A process that tries grammars did not start: {reason}")
         assert record.exc_info is None
+
+
+BESIDE_A_CHANNEL = """
+import asyncio, sys, uvloop
+from text_generation_router import __main__, shard_client
+from text_generation_router.grammar import Grammar
+from text_generation_router.grammar_compiler import GrammarCompiler
+from text_generation_router.shard_client import grpc
+
+async def prepare(text):
+    return ""
+
+async def main():
+    server = grpc.aio.server()
+    server.add_insecure_port(sys.argv[1])
+    await server.start()
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        await channel.channel_ready()
+        compiler = GrammarCompiler([bytes([byte]) for byte in range(256)] + [b""], [256], prepare)
+        await compiler.compile(Grammar.from_regex("a"))
+        await compiler.close()
+    await server.stop(0)
+
+uvloop.run(main())
+"""
+
+
+def test_processes_start_without_a_word_beside_a_connection_to_a_shard(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    command = [sys.executable, "-c", BESIDE_A_CHANNEL, f"unix://{tmp_path}/shard"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_idle_processes_that_are_killed():
