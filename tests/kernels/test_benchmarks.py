@@ -5,19 +5,21 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from text_generation_kernels import launch_settings
+from text_generation_kernels.benchmarks import harness
 from text_generation_kernels.benchmarks.harness import Bench, Case, Roofs, measure_all
 from text_generation_kernels.benchmarks.tune import combinations, ranked
 from text_generation_kernels.gpu import Gpu, gpu_of
 from text_generation_kernels.launch_settings import GPU_CLASSES, SETTINGS, gpu_class, settings_of_class
 
+FILES = sorted(Path(harness.__file__).parent.glob("bench_*.py"))
 
-@pytest.mark.parametrize(
-    "operation", ["rms_norm", "gated_activation", "rotary_kv_write", "skinny_matmul", "sampling", "logits_changes"]
-)
+
+@pytest.mark.parametrize("operation", [path.stem.removeprefix("bench_") for path in FILES])
 def test_rehearsal(operation, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a rehearsal is for machines without a GPU: here the benchmarks themselves run")
