@@ -10,12 +10,12 @@ the step of its new owner.
 """
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
 
-from text_generation_router.block_manager import BlockManager, hash_block
+from text_generation_router.block_manager import BlockManager
+from text_generation_router.prefix_sharing import PrefixSharing
 from text_generation_router.sequence import Sequence, SequenceState
 from text_generation_router.step import NewSequence, StepPlan, StepResult
 from text_generation_router.token_scores import TokenScore
@@ -63,8 +63,7 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._removed: list[int] = []  # left the batch since the last plan
         self._ended_in_flight: dict[int, Sequence] = {}  # ended, but a result may still say that they failed
-        # Keys of prompt blocks that a running sequence will compute: a sequence that could share one waits for it.
-        self._to_be_computed: Counter[bytes] = Counter()
+        self._prefixes = PrefixSharing(blocks)
         self._on_trial: Sequence | None = None  # the suspect that joined the batch last
         self._next_sequence_id = 1
         self._last_step = 0
@@ -102,8 +101,7 @@ class Scheduler:
     def _leave_batch(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._removed.append(sequence.sequence_id)
-        for key in sequence.block_hashes[sequence.num_registered_blocks :]:
-            self._count_down(key)
+        self._prefixes.left(sequence)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
@@ -130,7 +128,7 @@ class Scheduler:
         self.blocks.clear(self.blocks.num_blocks)
         self._removed.clear()
         self._ended_in_flight.clear()
-        self._to_be_computed.clear()
+        self._prefixes.clear()
         self._on_trial = None
         self._last_step = self._last_step_ended = 0
         return [sequence for sequence in suspects if sequence.num_suspicions >= MAX_SUSPICIONS]
@@ -196,7 +194,7 @@ class Scheduler:
             sequence.num_pending_tokens += 1
             plan.num_decode_tokens += 1
             if not (num_computed + 1) % block_size:
-                self._register_blocks(sequence)
+                self._prefixes.offer(sequence)
 
     def _make_room(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Give a decoding sequence its next block if it needs one, preempting the youngest until there is one."""
@@ -245,9 +243,9 @@ class Scheduler:
                 return
             if sequence.step_last_planned > self._last_step_ended:
                 return  # preempted, and a plan that names it is still in flight
-            if sequence.awaited_key in self._to_be_computed:
-                continue  # another sequence is computing blocks that this one can share
-            hits = self._find_prefix(sequence)
+            if self._prefixes.is_waiting(sequence):
+                continue
+            hits = self._prefixes.find(sequence)
             if sequence.awaited_key is not None:
                 continue
             if not self._fits(sequence, hits):
@@ -265,24 +263,6 @@ class Scheduler:
             and on_trial.is_suspect
             and on_trial.state in (SequenceState.RUNNING, SequenceState.DRAINING)
         )
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks a waiting sequence can share; sets `awaited_key` if the next one is about to be computed.
-
-        A hit never covers the block of the last known token: at least one token must be computed. A prompt that is
-        scored is computed as a whole.
-        """
-        if not self.blocks.prefix_caching:
-            return []
-        max_hits = (len(sequence.token_ids) - 1) // self.blocks.block_size
-        self._hash_blocks(sequence, len(sequence.token_ids) // self.blocks.block_size)
-        if sequence.request.scores_prompt:
-            return []
-        keys = sequence.block_hashes[:max_hits]
-        hits = self.blocks.find(keys)
-        next_key = keys[len(hits)] if len(hits) < max_hits else None
-        sequence.awaited_key = next_key if next_key in self._to_be_computed else None
-        return hits
 
     def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
         """Whether all known tokens find room beside what running prefills still need, above the watermark.
@@ -335,7 +315,7 @@ class Scheduler:
                 sequence.request.prompt_top_n_tokens,
             )
         )
-        self._to_be_computed.update(sequence.block_hashes[len(hits) :])
+        self._prefixes.joined(sequence)
         self._prefill(sequence, num_tokens, plan)
 
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
@@ -363,37 +343,7 @@ class Scheduler:
         sequence.num_computed_tokens += num_tokens
         if not sequence.is_prefilling:
             sequence.num_pending_tokens += 1
-        self._register_blocks(sequence)
-
-    def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
-        size, keys = self.blocks.block_size, sequence.block_hashes
-        while len(keys) < num_blocks:
-            parent = keys[-1] if keys else sequence.request.cache_salt
-            start = len(keys) * size
-            keys.append(hash_block(parent, sequence.token_ids[start : start + size]))
-
-    def _register_blocks(self, sequence: Sequence) -> None:
-        """Offer to the prefix cache the blocks that are full of known tokens and planned to be computed.
-
-        A later plan that shares them runs after the one that fills them.
-        """
-        num_known = min(sequence.num_computed_tokens, len(sequence.token_ids))
-        num_full = num_known // self.blocks.block_size
-        if num_full <= sequence.num_registered_blocks or not self.blocks.prefix_caching:
-            return
-        self._hash_blocks(sequence, num_full)
-        for index in range(sequence.num_registered_blocks, num_full):
-            key = sequence.block_hashes[index]
-            self.blocks.register(sequence.block_table[index], key)
-            self._count_down(key)
-        sequence.num_registered_blocks = num_full
-
-    def _count_down(self, key: bytes) -> None:
-        count = self._to_be_computed.get(key, 0)
-        if count > 1:
-            self._to_be_computed[key] = count - 1
-        elif count:
-            del self._to_be_computed[key]
+        self._prefixes.offer(sequence)
 
     def update(self, result: StepResult) -> list[Progress]:
         """Take a step's tokens in; sequences that end by length or EOS are finished here.
@@ -452,7 +402,7 @@ class Scheduler:
         assert sequence.num_pending_tokens >= 0
         num_tokens = len(sequence.token_ids)
         if not num_tokens % self.blocks.block_size:
-            self._register_blocks(sequence)
+            self._prefixes.offer(sequence)
         if token_id in sequence.request.stop_token_ids:
             return FinishReason.STOP_SEQUENCE
         if num_tokens >= sequence.max_tokens:
@@ -466,5 +416,5 @@ class Scheduler:
         assert not self.running
         assert not len(self.waiting)
         assert self.blocks.num_held == 0, "blocks are held although nothing runs"
-        assert not self._to_be_computed
+        self._prefixes.check_idle()
         assert self._last_step_ended < self._last_step or not self._ended_in_flight
