@@ -4,6 +4,7 @@ The block manager knows which block has which content, a sequence the keys of it
 """
 
 from collections import Counter
+from collections.abc import Iterable
 
 from text_generation_router.block_manager import BlockManager, hash_block
 from text_generation_router.sequence import Sequence
@@ -45,7 +46,8 @@ class PrefixSharing:
 
     def joined(self, sequence: Sequence) -> None:
         """A sequence is in the batch, with the blocks that it found: it will compute the others."""
-        self._to_be_computed.update(sequence.block_hashes[sequence.num_registered_blocks :])
+        sequence.num_found_blocks = sequence.num_registered_blocks
+        self._to_be_computed.update(sequence.block_hashes[sequence.num_found_blocks :])
 
     def left(self, sequence: Sequence) -> None:
         """It is not any more: what it has not computed it never will."""
@@ -67,6 +69,23 @@ class PrefixSharing:
             self._blocks.register(sequence.block_table[index], key)
             self._count_down(key)
         sequence.num_registered_blocks = num_full
+
+    def withdraw(self, failed: Sequence, others: Iterable[Sequence]) -> list[Sequence]:
+        """Take back what a failed sequence offered; answers those of the others that have found some of it.
+
+        A shard that refused the sequence has written nothing, and what others computed from that is withdrawn as well.
+        """
+        self._blocks.unregister(failed.block_hashes)
+        start = failed.num_found_blocks  # a key stands for all tokens up to its block: the first one tells
+        first_key = failed.block_hashes[start : start + 1]
+        sharers = [
+            other
+            for other in others
+            if other.num_found_blocks > start and other.block_hashes[start : start + 1] == first_key
+        ]
+        for sharer in sharers:
+            self._blocks.unregister(sharer.block_hashes[start:])
+        return sharers
 
     def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
         size, keys = self._blocks.block_size, sequence.block_hashes

@@ -121,7 +121,7 @@ class Scheduler:
             sequence.note_loss()
             self.waiting.add(sequence)
         for sequence in self._by_id.values():
-            sequence.step_last_planned = 0
+            sequence.step_last_planned = sequence.last_void_step = 0
             sequence.num_pending_tokens = 0  # also of one that was preempted with a token on its way
             sequence.awaited_key = None
         self.running.clear()
@@ -223,8 +223,13 @@ class Scheduler:
         return self.limits.max_step_tokens - plan.num_decode_tokens - plan.num_prefill_tokens
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self._return_to_queue(sequence)
+        plan.num_preempted += 1
+
+    def _return_to_queue(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back; it waits, and computes all its tokens again later."""
-        self._leave_batch(sequence)
+        if sequence.state is SequenceState.RUNNING:
+            self._leave_batch(sequence)
         self._free_blocks(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_lost_tokens = sequence.num_computed_tokens
@@ -232,7 +237,6 @@ class Scheduler:
         sequence.num_registered_blocks = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        plan.num_preempted += 1
         self.waiting.add(sequence)
 
     def _admit(self, plan: StepPlan) -> None:
@@ -348,26 +352,29 @@ class Scheduler:
     def update(self, result: StepResult) -> list[Progress]:
         """Take a step's tokens in; sequences that end by length or EOS are finished here.
 
-        Rows of sequences that ended meanwhile are dropped, and counted.
+        Rows of sequences that ended meanwhile are dropped, and counted, and so are those of sequences that read what a
+        failed one never wrote.
         """
         assert result.step == self._last_step_ended + 1, "results come in the order of the plans"
         self._last_step_ended = result.step
         self._note_scores(result)
-        progress = []
+        progress = self._end_failed(result)
         # Endless nothing where no sequence asked for its most likely tokens.
         rows = zip(
             result.sequence_ids, result.token_ids, result.logprobs, result.top_tokens or repeat(()), strict=False
         )
         for sequence_id, token_id, logprob, top_tokens in rows:
             sequence = self._by_id.get(sequence_id)
-            if sequence is None:
+            if sequence is None or result.step <= sequence.last_void_step:
                 self.num_dropped_tokens += 1
                 continue
             reason = self._append(sequence, token_id)
             progress.append(Progress(sequence, token_id, logprob, reason, None, top_tokens))
             if reason is not None:
                 self.finish(sequence)
-        progress += self._end_failed(result)
+        for sequence in [*self._ended_in_flight.values()]:
+            if sequence.step_last_planned <= result.step:
+                del self._ended_in_flight[sequence.sequence_id]
         if not self._by_id:
             self.check_idle()
         return progress
@@ -383,18 +390,23 @@ class Scheduler:
         """End the sequences whose row failed; what the row computed is not shared, wherever its blocks are by now."""
         progress = []
         for sequence_id, message in result.failures.items():
-            sequence = self._by_id.get(sequence_id)
-            if sequence is not None:
+            sequence = self._by_id.get(sequence_id) or self._ended_in_flight.get(sequence_id)
+            if sequence is None or result.step <= sequence.last_void_step:
+                continue
+            others = [*self._by_id.values(), *self._ended_in_flight.values()]
+            for sharer in self._prefixes.withdraw(sequence, others):
+                self._begin_again(sharer)
+            if sequence_id in self._by_id:
                 progress.append(Progress(sequence, -1, 0.0, None, message))
                 self.finish(sequence)
-            else:
-                sequence = self._ended_in_flight.get(sequence_id)
-            if sequence is not None:
-                self.blocks.unregister(sequence.block_hashes)
-        for sequence in [*self._ended_in_flight.values()]:
-            if sequence.step_last_planned <= result.step:
-                del self._ended_in_flight[sequence.sequence_id]
         return progress
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Have a sequence computed anew from the tokens it has; what is in flight for it comes to nothing."""
+        if sequence.state in (SequenceState.RUNNING, SequenceState.DRAINING):
+            self._return_to_queue(sequence)
+        sequence.num_pending_tokens = 0
+        sequence.last_void_step = sequence.step_last_planned
 
     def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sequence.token_ids.append(token_id)

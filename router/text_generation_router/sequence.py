@@ -28,9 +28,11 @@ class Sequence:
         "awaited_key",
         "block_hashes",
         "block_table",
+        "last_void_step",
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_found_blocks",
         "num_joined_tokens",
         "num_lost_tokens",
         "num_pending_tokens",
@@ -68,7 +70,9 @@ class Sequence:
         self.num_suspicions = 0  # those of them that it may have caused
         self.num_unsafe_tokens = 0  # as long as it has no more, its next step may be the one that lost the shards
         self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
+        self.num_found_blocks = 0  # leading blocks of the table that others had offered when it joined the batch
         self.step_last_planned = 0
+        self.last_void_step = 0  # what steps up to this one computed of it counts for nothing
         self.awaited_key: bytes | None = None  # prefix-cache key of a block it waits for another to compute
         self.prompt_scores: PromptScores | None = [None] * self.num_prompt_tokens if request.scores_prompt else None
         self.block_table: list[int] = []

@@ -4,7 +4,8 @@ The model executes plans as shard.proto says, one or two plans behind the schedu
 history (a hash over all token ids up to it), so a wrong block, a stale prefix hit or a block given away too early
 shows as a wrong history. The sampled token is a function of the history alone: what each sequence generates is
 known in advance, whatever batch, chunking, preemption or sharing happened on the way. A
-row that is told to fail writes nonsense, and so does every row that reads it.
+row that is told to fail writes nonsense, and so does every row that reads it. A sequence that is told to be refused
+writes nothing at all: who reads its blocks gets a wrong token, or fails.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from text_generation_router.valid_request import ValidRequest
 EOS = 7
 VOCABULARY = 50
 NONSENSE = b""
+UNWRITTEN = b"?"  # what lay there before
 
 
 def history_of(token_ids: list[int]) -> bytes:
@@ -53,6 +55,7 @@ class Row:
     blocks: list[int]
     is_decoding: bool = False
     is_broken: bool = False
+    is_astray: bool = False  # it has read what nobody wrote
 
 
 @dataclass
@@ -65,63 +68,81 @@ class ModelShard:
     rows: dict[int, Row] = field(default_factory=dict)
     slots: dict[int, bytes] = field(default_factory=dict)
     failing: set[int] = field(default_factory=set)  # sequences whose rows fail
+    refusing: set[int] = field(default_factory=set)  # sequences that get no row
+    refused: dict[int, Row] = field(default_factory=dict)  # not removed yet
     computed: Counter[tuple[int, int]] = field(default_factory=Counter)  # how often (sequence, position) was
     num_sampled: int = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
-        self.apply_changes(plan)
+        failures = self.apply_changes(plan)
         work = {sequence_id: 1 for sequence_id, row in self.rows.items() if row.is_decoding}
-        assert len(work) == plan.num_decode_tokens
+        skipped = [row for row in self.refused.values() if row.num_computed >= len(row.token_ids)]
+        assert len(work) + len(skipped) == plan.num_decode_tokens
+        for row in skipped:
+            self.skip(row, 1)
         for sequence_id, count in zip(plan.prefill_sequence_ids, plan.prefill_num_tokens, strict=True):
             assert sequence_id not in work
             assert count > 0
-            work[sequence_id] = count
+            if sequence_id in self.refused:
+                self.skip(self.refused[sequence_id], count)
+            else:
+                work[sequence_id] = count
         assert sum(work.values()) <= self.limits.max_step_tokens
-        sampled, failures = {}, {}
+        sampled = {}
         for sequence_id, count in work.items():
             row = self.rows[sequence_id]
             row.is_broken |= sequence_id in self.failing
             self.computed.update((sequence_id, row.num_computed + index) for index in range(count))
             token = self.compute(row, count)
-            if row.is_broken:
+            if row.is_broken or (row.is_astray and sequence_id % 2):
                 failures[sequence_id] = "not finite"
             elif token is not None:
                 sampled[sequence_id] = token
         self.num_sampled += len(sampled)
         return StepResult(plan.step, list(sampled), list(sampled.values()), [0.0] * len(sampled), failures)
 
-    def apply_changes(self, plan: StepPlan) -> None:
+    def apply_changes(self, plan: StepPlan) -> dict[int, str]:
         for sequence_id in plan.removed_sequence_ids:
-            del self.rows[sequence_id]
+            del (self.refused if sequence_id in self.refused else self.rows)[sequence_id]
         for new in plan.new_sequences:
             assert new.sequence_id not in self.rows
             assert 0 <= new.num_computed_tokens < len(new.token_ids)
-            self.rows[new.sequence_id] = Row(list(new.token_ids), new.num_computed_tokens, list(new.block_ids))
+            row = Row(list(new.token_ids), new.num_computed_tokens, list(new.block_ids))
+            (self.refused if new.sequence_id in self.refusing else self.rows)[new.sequence_id] = row
         position = 0
         for sequence_id, count in zip(plan.grown_sequence_ids, plan.grown_num_blocks, strict=True):
-            self.rows[sequence_id].blocks += plan.grown_block_ids[position : position + count]
+            row = self.refused.get(sequence_id) or self.rows[sequence_id]
+            row.blocks += plan.grown_block_ids[position : position + count]
             position += count
         assert position == len(plan.grown_block_ids)
         assert len(self.rows) <= self.limits.max_num_sequences
+        return {new.sequence_id: "refused" for new in plan.new_sequences if new.sequence_id in self.refused}
+
+    def slot(self, row: Row, position: int) -> int:
+        return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def skip(self, row: Row, count: int) -> None:
+        for position in range(row.num_computed, row.num_computed + count):
+            self.slots[self.slot(row, position)] = UNWRITTEN
+        row.num_computed += count
 
     def compute(self, row: Row, count: int) -> int | None:
-        def slot(position: int) -> int:
-            return row.blocks[position // self.block_size] * self.block_size + position % self.block_size
-
         start = row.num_computed
         for position in range(start):
-            row.is_broken |= self.slots[slot(position)] == NONSENSE
-            known = history_of(row.token_ids[: position + 1])
-            assert row.is_broken or self.slots[slot(position)] == known, "stale KV memory"
+            found = self.slots[self.slot(row, position)]
+            row.is_broken |= found == NONSENSE
+            row.is_astray |= found == UNWRITTEN
+            is_known = found == history_of(row.token_ids[: position + 1])
+            assert row.is_broken or row.is_astray or is_known, "stale KV memory"
         for position in range(start, start + count):
             known = history_of(row.token_ids[: position + 1])
-            self.slots[slot(position)] = NONSENSE if row.is_broken else known
+            self.slots[self.slot(row, position)] = NONSENSE if row.is_broken else UNWRITTEN if row.is_astray else known
         row.num_computed += count
         assert row.num_computed <= len(row.token_ids)
         if row.num_computed < len(row.token_ids):
             return None
         row.is_decoding = True
-        row.token_ids.append(next_token(row.token_ids))
+        row.token_ids.append((next_token(row.token_ids) + row.is_astray) % VOCABULARY)
         return row.token_ids[-1]
 
 
@@ -168,15 +189,18 @@ class Harness:
         self.blocks.check()
         return True
 
-    def lose_shards(self) -> None:
-        """Whatever they held and were about to answer is gone; others take their place."""
+    def lose_shards(self) -> set[int]:
+        """Whatever they held and were about to answer is gone; others take their place. Answers who ends for it."""
         self.in_flight.clear()
         self.shard.rows.clear()
+        self.shard.refused.clear()
         self.shard.slots.clear()
-        for culprit in self.scheduler.start_over():
+        culprits = self.scheduler.start_over()
+        for culprit in culprits:
             self.scheduler.finish(culprit)
             self.failed.add(culprit.sequence_id)
         self.blocks.check()
+        return {culprit.sequence_id for culprit in culprits}
 
     def run_until_idle(self, max_steps: int = 5000) -> None:
         while self.advance():
@@ -184,11 +208,13 @@ class Harness:
         assert self.scheduler.num_unfinished == 0
         self.scheduler.check_idle()
         assert not self.shard.rows, "the shard was not told of every end"
+        assert not self.shard.refused
         num_generated = sum(map(len, self.generated.values()))
         assert self.shard.num_sampled == num_generated + self.scheduler.num_dropped_tokens
         size = self.blocks.block_size
         findable = {slot for block in self.blocks._hash_of_block for slot in range(block * size, (block + 1) * size)}
-        assert not [slot for slot in findable if self.shard.slots[slot] == NONSENSE], "nonsense in the prefix cache"
+        worthless = {slot for slot in findable if self.shard.slots[slot] in (NONSENSE, UNWRITTEN)}
+        assert not worthless, "nonsense in the prefix cache"
 
 
 def make_request(prompt: list[int], max_new_tokens: int, ignore_eos: bool = False, salt: bytes = b"") -> ValidRequest:
@@ -205,21 +231,29 @@ def prompts(draw: st.DrawFn) -> list[int]:
     return shared + draw(st.lists(st.integers(0, 2), min_size=0 if shared else 1, max_size=6))
 
 
-actions = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), prompts(), st.integers(1, 20), st.booleans(), st.sampled_from([b"", b"b"])),
-        st.tuples(st.just("cancel"), st.integers(0, 40)),
-        st.tuples(st.just("fail"), st.integers(0, 40)),
-        st.tuples(st.just("advance"), st.integers(1, 4)),
-        st.tuples(st.just("lose")),
-    ),
-    max_size=60,
-)
+# Much alike, so that most share blocks with one that is in the same step.
+LIKE_PROMPTS = st.builds(lambda length, last: [*range(length), last], st.integers(3, 24), st.integers(0, 2))
+OFTEN_REFUSED = st.sampled_from([False, False, True])
+
+
+def actions(prompts: st.SearchStrategy[list[int]], is_refused: st.SearchStrategy[bool]) -> st.SearchStrategy:
+    salts = st.sampled_from([b"", b"", b"b"])
+    return st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), is_refused, prompts, st.integers(1, 20), st.booleans(), salts),
+            st.tuples(st.just("cancel"), st.integers(0, 40)),
+            st.tuples(st.just("fail"), st.integers(0, 40)),
+            st.tuples(st.just("advance"), st.integers(1, 4)),
+            st.tuples(st.just("lose")),
+        ),
+        min_size=12,  # or most have five
+        max_size=60,
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    actions=actions,
+    actions=actions(prompts(), st.just(False)) | actions(LIKE_PROMPTS, OFTEN_REFUSED),
     num_blocks=st.integers(14, 60),
     block_size=st.sampled_from([4, 5]),
     max_num_sequences=st.integers(1, 8),
@@ -232,10 +266,12 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
 ):
     limits = SchedulerLimits(max_num_sequences + extra_budget, max_num_sequences)
     harness = Harness(num_blocks, block_size, limits, depth, caching)
-    sequences, cancelled = [], set()
+    sequences, cancelled, culprits = [], set(), set()
     for action in actions:
         if action[0] == "add":
-            sequences.append(harness.add(make_request(*action[1:])))
+            sequences.append(harness.add(make_request(*action[2:])))
+            if action[1]:
+                harness.shard.refusing.add(sequences[-1].sequence_id)
         elif action[0] == "cancel" and action[1] < len(sequences):
             sequence = sequences[action[1]]
             harness.scheduler.finish(sequence)
@@ -244,11 +280,12 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
         elif action[0] == "fail" and action[1] < len(sequences):
             harness.shard.failing.add(sequences[action[1]].sequence_id)
         elif action[0] == "lose":
-            harness.lose_shards()
+            culprits |= harness.lose_shards()
         elif action[0] == "advance":
             for _ in range(action[1]):
                 harness.advance()
     harness.run_until_idle()
+    assert harness.failed <= harness.shard.failing | harness.shard.refusing | culprits, "one's failure ended another"
     for sequence in sequences:
         tokens, reason = expected_tokens(sequence.request)
         generated = harness.generated[sequence.sequence_id]
@@ -417,6 +454,57 @@ def test_a_sequence_that_was_preempted_before_its_failure_came_leaves_nothing_in
     assert harness.failed == {broken.sequence_id}
     assert not harness.blocks.find(broken.block_hashes)
     harness.run_until_idle()
+
+
+def refuse_one(harness: Harness, num_tokens: int, sharer_prompts: list[list[int]]):
+    """A sequence that will be refused, and others that have a prefix of it."""
+    refused = harness.add(make_request(list(range(num_tokens)), 5))
+    harness.shard.refusing.add(refused.sequence_id)
+    sharers = [harness.add(make_request(prompt, 5, ignore_eos=True)) for prompt in sharer_prompts]
+    harness.send()
+    return refused, sharers
+
+
+@pytest.mark.parametrize("num_tokens", [21, 60])
+def test_who_shares_the_blocks_of_a_refused_sequence_is_computed_again(num_tokens):
+    """With 60 tokens it takes two steps, and the second is on its way when it is refused in the first."""
+    harness = Harness(100, 4, SchedulerLimits(32, 8))
+    refused, sharers = refuse_one(harness, num_tokens, [[*range(20), number] for number in range(3)])
+    assert sharers[0].num_cached_tokens == 20
+    harness.run_until_idle()
+    assert harness.failed == {refused.sequence_id}
+    for sharer in sharers:
+        assert harness.generated[sharer.sequence_id] == expected_tokens(sharer.request)[0]
+
+
+def test_a_sharer_of_a_refused_sequence_that_was_cancelled_leaves_nothing_in_the_prefix_cache():
+    harness = Harness(100, 4, SchedulerLimits(64, 8), depth=1)
+    _, [sharer] = refuse_one(harness, 9, [list(range(20))])
+    assert sharer.num_cached_tokens == 8
+    harness.scheduler.finish(sharer)
+    assert harness.blocks.num_cached == 3
+    harness.run_until_idle()
+    assert harness.blocks.num_cached == 0
+
+
+def test_shards_are_lost_while_a_sharer_of_a_refused_sequence_waits():
+    harness = Harness(100, 4, SchedulerLimits(64, 8))
+    _, [sharer] = refuse_one(harness, 21, [[*range(20), 1]])
+    harness.advance()
+    harness.lose_shards()
+    harness.run_until_idle()
+    assert harness.generated[sharer.sequence_id] == expected_tokens(sharer.request)[0]
+
+
+def test_a_refused_sequence_does_not_disturb_those_that_share_what_both_have_found():
+    harness = Harness(100, 4, SchedulerLimits(64, 8))
+    harness.add(make_request(list(range(9)), 1))
+    harness.run_until_idle()
+    refused, [sharer] = refuse_one(harness, 20, [[*range(8), 1]])
+    assert (refused.num_cached_tokens, sharer.num_cached_tokens) == (8, 8)
+    harness.run_until_idle()
+    assert harness.generated[sharer.sequence_id] == expected_tokens(sharer.request)[0]
+    assert sharer.num_preemptions == 0
 
 
 def test_results_out_of_order_are_refused():
