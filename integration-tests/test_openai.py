@@ -1,4 +1,4 @@
-"""OpenAI's routes, spoken by OpenAI's own client to the embedded demo model in float32."""
+"""OpenAI's routes, spoken by OpenAI's own client to the embedded demo model, in float32 where tokens are compared."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ COUNTING = "1, 2, 3, 4, 5, 6,"
 def client(exact: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{exact.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
+
+
+def test_the_default_server_knows_paris(demo: Server) -> None:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="unused", max_retries=0) as client:
+        options: dict[str, Any] = {"model": "tgi", "messages": FRANCE, "max_tokens": 48, "temperature": 0}
+        whole = client.chat.completions.create(**options).choices[0].message.content
+        chunks = client.chat.completions.create(**options, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert "Paris" in whole
+    assert streamed == whole
 
 
 def test_chat_knows_paris(client: openai.OpenAI) -> None:

@@ -14,7 +14,7 @@ LARGEST_ROW = 32768
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The normed rows of `x`."""  # [T, hidden], [hidden] -> [T, hidden]
     if not runs_kernel(x):
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return _on_cpu(x, weight, eps)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, weight, normed, None, eps)
     return normed
@@ -26,16 +26,23 @@ def add_rms_norm(
     weight: torch.Tensor,  # [hidden]
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed sum of both and the sum itself, which is the new residual."""
+    """The normed sum of both and the sum itself, which is the new residual.
+
+    On a CPU the sum is float32: rounded in each layer, it would lose more than all else does.
+    """
     if not runs_kernel(x):
-        total = x + residual
-        return F.rms_norm(total, weight.shape, weight, eps), total
+        total = residual.float() + x
+        return _on_cpu(total, weight, eps), total
     assert x.shape == residual.shape
     assert x.dtype == residual.dtype
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(normed)
     _launch(x, residual, weight, normed, total, eps)
     return normed, total
+
+
+def _on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(weight.dtype).mul_(weight)
 
 
 def _launch(

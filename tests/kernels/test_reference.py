@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from text_generation_kernels import reference
+from text_generation_kernels.rms_norm import add_rms_norm, rms_norm
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = list(TOLERANCES)
@@ -35,6 +36,19 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     normed, total = reference.add_rms_norm(x, residual, weight, 1e-5)
     check(total, x.double() + residual.double(), dtype)
     check(normed, expected(total), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_a_cpu(dtype: torch.dtype) -> None:
+    """The residual stays in float32, so that what later layers add to it is not lost to rounding."""
+    x, residual, weight = random(5, 40, dtype=dtype), 100 * random(5, 40, dtype=torch.float32, seed=1), torch.ones(40)
+    weight = weight.to(dtype)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    exact = x.double() + residual.double()
+    check(total, exact, torch.float32)
+    assert normed.dtype == dtype
+    check(normed, exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt(), dtype)
+    check(rms_norm(x, weight, 1e-5), x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt(), dtype)
 
 
 def test_rms_norm_of_half_precision_does_not_overflow() -> None:

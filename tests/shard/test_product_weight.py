@@ -203,3 +203,19 @@ def test_other_checkpoints_have_no_groups(int4_rows: list[int]) -> None:
     layer.targets(["a"])["a.weight"].load(tensor)
     assert layer(torch.ones(1, 64)).tolist() == [[64.0] * 32]
     assert int4_rows == []
+
+
+def test_the_best_logits_of_a_tied_bfloat16_head_are_exact() -> None:
+    source, exact = stored("Q8_0", 4096, 64)
+    embedding = VocabParallelEmbedding(4096, 64, partition(WeightForm.QUANTISED, dtype=torch.bfloat16))
+    head = LanguageModelHead(4096, 64, partition(WeightForm.QUANTISED, dtype=torch.bfloat16), tied_to=embedding)
+    embedding.targets("e")["e.weight"].load(source)
+    if not head.product.is_packed:
+        pytest.skip("this processor has no products in bfloat16")
+    x = rows_of(9, 64)
+    expected = x.double() @ exact.bfloat16().double().T
+    logits = head(x.bfloat16())
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    best = expected.topk(8).indices
+    assert (logits.gather(1, best) - expected.gather(1, best)).abs().max() < 1e-4
+    assert (logits - expected).abs().max() <= 2**-8 * expected.abs().max()

@@ -8,6 +8,8 @@ from text_generation_shard import distributed
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
 from text_generation_shard.layers.product_weight import ProductWeight
 
+NUM_EXACT_LOGITS = 16
+
 
 class VocabParallelEmbedding(nn.Module):
     """This rank's range of the vocabulary, which is padded so that all ranges are equally long."""
@@ -69,5 +71,17 @@ class LanguageModelHead(VocabParallelEmbedding):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the whole vocabulary, complete on every rank."""  # [R, hidden] -> [R, vocab]
-        logits = distributed.all_gather(self.product.linear(hidden))
-        return logits[:, : self.vocab_size]
+        logits = self.product.linear(hidden)
+        if self.product.is_packed and self.product.is_looked_up and logits.dtype == torch.bfloat16:
+            logits = _with_exact_best(logits, hidden, self.weight)
+        return distributed.all_gather(logits)[:, : self.vocab_size]
+
+
+def _with_exact_best(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Float32 logits, the best of which are computed again in float32.
+
+    Rounded to bfloat16, as a CPU's product leaves them, the best ones are often equal, or in the wrong order.
+    """
+    best = logits.topk(min(NUM_EXACT_LOGITS, logits.shape[1]), dim=-1).indices
+    exact = (weight[best].float() @ hidden.float().unsqueeze(2)).squeeze(2)
+    return logits.float().scatter_(1, best, exact)

@@ -73,6 +73,11 @@ class ProductWeight:
         assert self.is_skinny(x)
         return skinny_linear_add_norm(x, self.parameter, bias, residual, norm_weight, eps)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether products with it are a CPU's."""
+        return self._packed is not None
+
     def is_skinny(self, x: torch.Tensor | ScaledRows) -> bool:
         """Whether the product is of few enough rows for the kernel that reads the weight once."""
         return self._packed is None and (isinstance(x, ScaledRows) or is_skinny(x))
