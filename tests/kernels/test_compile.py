@@ -1,10 +1,13 @@
 """Kernels compiled to machine code for GPUs that need not be there: do they fit, spill, use the wide instructions?"""
 
+import importlib
 import itertools
+import pkgutil
 import re
 from dataclasses import dataclass
 
 import pytest
+import text_generation_kernels
 import triton
 from text_generation_kernels import (
     attention_kernels,
@@ -18,6 +21,7 @@ from text_generation_kernels import (
     sampling_search,
     skinny_matmul,
     token_exchange,
+    token_masks,
     token_records,
 )
 from text_generation_kernels.benchmarks.occupancy import (
@@ -90,7 +94,6 @@ def row_cases(data: str) -> list[CompiledKernel]:
         CompiledKernel(rms_norm.rms_norm_kernel, ("rms_norm", ""), norm, {"HIDDEN": 4096, "BLOCK": 4096}),
         CompiledKernel(
             rms_norm.rms_norm_kernel, ("rms_norm", "few_rows"), norm, {"HIDDEN": 4096, "BLOCK": 4096}, name="few rows",
-            has_wide_loads=False,
         ),
         CompiledKernel(
             gated_activation.gated_activation_kernel, ("gated_activation", ""), gate,
@@ -168,21 +171,24 @@ def sampling_cases(data: str) -> list[CompiledKernel]:
     choice = kept | {"seeds": "*i64", "positions": "*i64", "tile_best": "*i32", "tile_sum": "*fp32"}
     choice |= {"tokens": "*i64", "logprobs": "*fp32", "is_finite": "*i1"}
     distribution = kept | {"tile_sum": "*fp32", "result": "*fp32"}
+    masks = {"logits": data, "masks": "*i32", "mask_rows": "*i32", "num_words": "i32"} | size
     search, chosen = ("sampling_search", ""), ("sampling_choice", "")
     flags = {"IS_FIRST": False, "AFTER_TOP_K": False}
     kernels, searches = sampling_kernels, sampling_search
     return [
         CompiledKernel(kernels.statistics_kernel, ("sampling_statistics", ""), statistics, {"NUM_TILES": 32} | tile),
         CompiledKernel(kernels.mass_kernel, search, mass, low | tiles | tile | {"AFTER_TOP_K": True}),
-        CompiledKernel(
-            searches.search_kernel, search, passes, flags | tiles | tile, unaligned=("shift",), has_wide_loads=False
-        ),
+        CompiledKernel(searches.search_kernel, search, passes, flags | tiles | tile, unaligned=("shift",)),
         CompiledKernel(
             searches.settle_kernel, ("sampling_settle", ""), settled, low | tiles, has_wide_loads=False
         ),
         CompiledKernel(kernels.kept_mass_kernel, search, kept, low | tiles | tile),
         CompiledKernel(kernels.choice_kernel, chosen, choice, low | tiles | tile | {"HAS_RANDOM": True}),
         CompiledKernel(kernels.distribution_kernel, search, distribution, low | tiles | tile),
+        CompiledKernel(  # it writes; of each mask it reads a bit a token
+            token_masks.mask_tokens_kernel, FUSED_MULTIPLY_ADDS | {"num_warps": 8}, masks, {"TILE": token_masks._TILE},
+            unaligned=("num_words",), has_wide_loads=False,
+        ),
     ]  # fmt: skip
 
 
@@ -232,7 +238,6 @@ def attention_cases(data: str) -> list[CompiledKernel]:
         CompiledKernel(
             attention_kernels.merge_partials_kernel, {"num_warps": 2, "enable_fp_fusion": True},
             merge | {"output": data}, {"NUM_HEADS": 32, "HEAD_DIM": 128, "PADDED_DIM": 128, "SLOTS": 8},
-            has_wide_loads=False,
         )
     ]  # fmt: skip
     for head_dim, has_window in ((64, False), (80, False), (128, False), (128, True), (256, False)):
@@ -326,6 +331,17 @@ def test_every_entry_of_the_launch_table_is_compiled(monkeypatch):
         ):
             case.entry(gpu_class)
     assert used == set(launch_settings.SETTINGS)
+
+
+def test_every_kernel_is_compiled():
+    names = [
+        module.name for module in pkgutil.iter_modules(text_generation_kernels.__path__, "text_generation_kernels.")
+    ]
+    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    # Those that a host launches are called so; other functions are parts of them.
+    kernels = {str(value.__name__) for value in values if isinstance(value, triton.JITFunction)}
+    kernels = {name for name in kernels if name.endswith("_kernel")}
+    assert kernels == {case.kernel.__name__ for table in TABLES for case in table("*bf16")}
 
 
 @pytest.mark.parametrize(
