@@ -53,15 +53,17 @@ def plan_attention(
     query start (the padding of a graph) get no item, and their output is not written.
     """
     starts, lengths = query_starts.astype(np.int64), sequence_lengths.astype(np.int64)
+    query_lengths = starts[1:] - starts[:-1]
     groups = [] if sliding_window is not None else list(shared_prefixes)
-    _check(layout, buffer, starts, lengths, groups)
-    own = _own_units(layout, starts, lengths, sliding_window, groups)
-    tokens, positions = _token_positions(starts, lengths)
+    _check(layout, buffer, starts, query_lengths, lengths, groups)
+    own = _own_units(layout, starts, query_lengths, lengths, sliding_window, groups)
+    tokens = np.arange(starts[-1])
+    positions = tokens + (lengths - starts[1:]).repeat(query_lengths)
     units, group_tokens = _with_groups(layout, own, starts, len(tokens), groups)
     pieces = np.zeros(len(units.table), dtype=np.int64)
     cuts: list[tuple[str, Tile, np.ndarray, _Cut]] = []
     for name, tile, is_kind in (("narrow", layout.narrow, ~units.is_wide), ("wide", layout.wide, units.is_wide)):
-        chosen = np.flatnonzero(is_kind)
+        chosen = is_kind.nonzero()[0]
         layout.view(buffer, f"{name}_starts")[:] = 0
         if tile is not None and len(chosen) > 0:
             num_tiles = -(-(units.key_end - units.key_start)[chosen] // tile.keys)
@@ -76,9 +78,13 @@ def plan_attention(
 
 
 def _check(
-    layout: AttentionLayout, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, groups: list[SharedPrefix]
+    layout: AttentionLayout,
+    buffer: np.ndarray,
+    starts: np.ndarray,
+    query_lengths: np.ndarray,
+    lengths: np.ndarray,
+    groups: list[SharedPrefix],
 ) -> None:
-    query_lengths = np.diff(starts)
     assert buffer.shape == (layout.size,)
     assert buffer.dtype == np.int32
     assert starts.shape == (len(lengths) + 1,)
@@ -96,27 +102,22 @@ def _check(
         assert (lengths[group.sequences] > group.length).all()
 
 
-def _token_positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.arange(starts[-1])
-    return tokens, tokens + np.repeat(lengths - starts[1:], np.diff(starts))
-
-
 def _own_units(
     layout: AttentionLayout,
     starts: np.ndarray,
+    query_lengths: np.ndarray,
     lengths: np.ndarray,
     sliding_window: int | None,
     groups: list[SharedPrefix],
 ) -> _Units:
     """Each sequence's tokens, a tile's worth at a time, in token order."""
-    query_lengths = np.diff(starts)
     skipped = np.zeros(len(lengths), dtype=np.int64)
     for group in groups:
         skipped[group.sequences] = group.length
     is_wide = query_lengths > MAX_NARROW_QUERY
     tile_tokens = np.where(is_wide, max(layout.wide_tokens, 1), layout.narrow_tokens)
     num_units = -(-query_lengths // tile_tokens)
-    table = np.repeat(np.arange(len(lengths)), num_units)
+    table = np.arange(len(lengths)).repeat(num_units)
     offset = (np.arange(len(table)) - _exclusive_sum(num_units)[table]) * tile_tokens[table]
     num_rows = np.minimum(tile_tokens[table], query_lengths[table] - offset)
     first = (lengths - query_lengths)[table] + offset  # position of the unit's first token
@@ -177,11 +178,13 @@ def _cut(num_tiles: np.ndarray, tile: Tile) -> _Cut:
             unit, piece, first, end = _even_pieces(num_tiles, pieces)
             return _Cut(unit, piece, first, end, np.minimum(np.arange(workers + 1), len(unit)))
     starts = _exclusive_sum(num_tiles)
-    cuts = np.unique(np.concatenate((starts, np.arange(0, total, share))))
-    unit = np.searchsorted(starts, cuts, side="right") - 1
-    ends = np.append(cuts[1:], total)
-    worker_starts = np.searchsorted(cuts, np.arange(workers + 1) * share)
-    piece = np.arange(len(unit)) - np.searchsorted(unit, unit)
+    places = np.concatenate((starts, np.arange(0, total, share), (total,)))
+    places.sort()
+    cuts = places[:-1][places[:-1] < places[1:]]  # each place once
+    unit = starts.searchsorted(cuts, side="right") - 1
+    ends = np.concatenate((cuts[1:], (total,)))
+    worker_starts = cuts.searchsorted(np.arange(workers + 1) * share)
+    piece = np.arange(len(unit)) - unit.searchsorted(unit)
     return _Cut(unit, piece, cuts - starts[unit], ends - starts[unit], worker_starts)
 
 
@@ -204,7 +207,7 @@ def _deal(num_tiles: np.ndarray, tile: Tile) -> _Cut:
 
 def _even_pieces(num_tiles: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Each unit in so many pieces of about the same length: unit, number within it, first tile, end tile."""
-    unit = np.repeat(np.arange(len(num_tiles)), pieces)
+    unit = np.arange(len(num_tiles)).repeat(pieces)
     piece = np.arange(len(unit)) - _exclusive_sum(pieces)[unit]
     first = piece * num_tiles[unit] // pieces[unit]
     end = (piece + 1) * num_tiles[unit] // pieces[unit]
@@ -224,7 +227,7 @@ def _write_rows(
 
     A token's partial results lie side by side: those of its own unit, then those of its shared prefix.
     """
-    row_pieces = np.repeat(pieces, units.num_rows)  # rows lie in the order of the units
+    row_pieces = pieces.repeat(units.num_rows)  # rows lie in the order of the units
     own_pieces = row_pieces[: len(tokens)]
     num_slots = own_pieces.copy()
     num_slots[group_tokens] += row_pieces[len(tokens) :]
@@ -238,7 +241,7 @@ def _write_rows(
     row_slots = layout.view(buffer, "row_slots")
     row_slots[: len(tokens)] = slots
     row_slots[len(tokens) : num_rows] = slots[group_tokens] + own_pieces[group_tokens]
-    merged = np.flatnonzero(num_slots)
+    merged = num_slots.nonzero()[0]
     layout.view(buffer, "num_merged")[0] = len(merged)
     table = layout.view(buffer, "merged")
     table[: len(merged), 0] = merged
@@ -263,17 +266,19 @@ def _write_items(
     unit = chosen[cut.unit]
     key_start = units.key_start[unit] + cut.first_tile * tile.keys
     key_end = np.minimum(units.key_start[unit] + cut.end_tile * tile.keys, units.key_end[unit])
-    full_start = np.clip(units.full_start[unit], key_start, key_end)
+    full_start = np.minimum(np.maximum(units.full_start[unit], key_start), key_end)
     full_end = np.minimum(units.full_end[unit], key_end)
     # Without a whole tile that all rows see, the masked keys to the right are all of them.
     has_full = full_end > full_start
     full_start, full_end = np.where(has_full, full_start, key_start), np.where(has_full, full_end, key_start)
     piece = np.where(is_split[unit], cut.piece, -1)
     first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], tables[unit]
+    items = layout.view(buffer, f"{name}_items")
     columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece, pieces[unit])
-    layout.view(buffer, f"{name}_items")[: len(unit)] = np.stack(columns, axis=1)
+    for index, column in enumerate(columns):
+        items[: len(unit), index] = column
 
 
 def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
-    sums: np.ndarray = np.cumsum(counts) - counts
+    sums: np.ndarray = counts.cumsum() - counts
     return sums

@@ -29,10 +29,12 @@ def find_shared_prefixes(
     assert least > 0
     # The block of the newest token is a sequence's own: it is still written to.
     num_full = np.maximum(sequence_lengths - 1, 0) // block_size
-    candidates = np.flatnonzero((query_lengths == 1) & (num_full >= least))
-    if len(candidates) < 2:
+    candidates = ((query_lengths == 1) & (num_full >= least)).nonzero()[0]
+    blocks = block_tables[candidates, least - 1]
+    in_order = np.sort(blocks)
+    if not (in_order[1:] == in_order[:-1]).any():  # as in most steps
         return []
-    _, group_of, sizes = np.unique(block_tables[candidates, least - 1], return_inverse=True, return_counts=True)
+    _, group_of, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
     groups = []
     for group in np.flatnonzero(sizes > 1):
         members = candidates[group_of == group]

@@ -2,7 +2,7 @@
 
 A plan sent the moment there is room for it waits behind the running step, and a request that arrives in between misses
 it. So a plan is held back until a lead before the running step's predicted end. The lead finds itself: it becomes the
-shortest at which held plans leave the device idle for a small share of its time at most. Pure: no clock of its own.
+one at which a small share of held plans comes late, however late those are. Pure: no clock of its own.
 """
 
 from collections import deque
@@ -13,12 +13,11 @@ MIN_STEP_NS = 4_000_000  # shorter steps are never waited for
 MIN_LEAD_NS = 1_000_000
 FIRST_LEAD_NS = 3_000_000
 MAX_LEAD_NS = 50_000_000
-# What a request gains is worth more than this share of the device's time.
-TOLERATED_IDLE_SHARE = 0.003
-# One long stall counts no more than a few short ones: sending early for a while would not have spared it.
-MAX_COUNTED_IDLE_NS = 1_000_000
-# The part of what a step lost beyond the tolerated share by which the lead grows; of what it lost less, it shrinks.
-LEAD_GAIN = 0.25
+TOLERATED_IDLE_NS = 50_000  # shorter idle times of the device come of themselves
+# So many held plans may come late: a longer lead saves the device time in those steps alone, and costs every request.
+LATE_SHARE = 0.04
+# By so much the lead grows for a late plan. For any other it shrinks, by as much as keeps the share.
+LEAD_STEP_NS = 100_000
 # Of so many results the quickest tells how the device's time relates to ours.
 NUM_RESULTS = 64
 
@@ -47,8 +46,8 @@ class PlanTiming:
         device_ns = result.forward_ns + result.sample_ns
         if not device_ns:
             return
-        lost_ns = min(result.idle_ns, MAX_COUNTED_IDLE_NS) if sent.is_held else 0
-        self._lead_ns += int((lost_ns - TOLERATED_IDLE_SHARE * device_ns) * LEAD_GAIN)
+        is_late = sent.is_held and result.idle_ns > TOLERATED_IDLE_NS
+        self._lead_ns += int(LEAD_STEP_NS * (is_late - LATE_SHARE))
         self._lead_ns = min(max(self._lead_ns, MIN_LEAD_NS), MAX_LEAD_NS)
         if not sent.plan.num_prefill_tokens:
             self._step_ns = device_ns

@@ -121,6 +121,7 @@ async def stream_answer(
 
     Errors of the types in `keeps_status` are raised instead, for an answer of their own, until the status is sent.
     """
+    await asyncio.sleep(0)  # the engine has just been woken: its plan leaves before anything else is done
     headers = {"x-compute-type": record.context.compute_type, "x-compute-characters": str(num_characters)}
     async with EventStream(record.http, headers) as events:
         try:
