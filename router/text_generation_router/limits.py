@@ -50,8 +50,9 @@ def step_limits(config: RouterConfig, info: ShardInfo) -> tuple[int, int]:
 
     A full batch of decodes leaves at least half of the budget to prefill.
     """
-    derived = min(default_step_tokens(info.device_name, info.num_layer_weights), info.max_position_embeddings)
-    budget = config.max_batch_prefill_tokens or derived
+    derived = default_step_tokens(info.device_name, info.num_layer_weights)
+    bounds = (derived, info.max_position_embeddings, config.max_batch_total_tokens)
+    budget = config.max_batch_prefill_tokens or min(bound for bound in bounds if bound)
     return budget, max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
 
 

@@ -55,6 +55,7 @@ def test_limits_that_contradict(flags, num_blocks, reason):
     [
         ({}, 131_072, (MAX_STEP_TOKENS, DEFAULT_MAX_NUM_SEQUENCES)),
         ({}, 100, (100, 50)),
+        ({"max_batch_total_tokens": 500}, 131_072, (500, 250)),
         ({"max_batch_prefill_tokens": 1}, 2048, (1, 1)),
         ({"max_batch_prefill_tokens": 1000, "max_batch_size": 32}, 2048, (1000, 32)),
         ({"max_batch_prefill_tokens": 10, "max_batch_size": 32}, 2048, (10, 5)),
