@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +101,24 @@ class Tokenizer:
             ids += missing + encoding.ids[num_doubled:]
         return ids
 
-    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """What `encode` gives, with the part of `visible_text(text)` that each token stands for."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, partial(self.spans_now, text, add_special_tokens))
+    def spans_now(self, text: str, add_special_tokens: bool = True) -> Iterator[TokenSpan]:
+        """What `encode` gives, with the part of `visible_text(text)` that each token stands for; in the calling thread.
 
-    def spans_now(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """`spans` in the calling thread."""
-        spans: list[TokenSpan] = []
+        Two million characters take seconds, in which other threads get their turns.
+        """
         num_bytes_before = 0
         for piece, adds_special in self._pieces(text, add_special_tokens):
             encoding, missing, num_doubled = self._encode_piece(piece, adds_special, has_offsets=True)
             ends = list(accumulate((len(c.encode()) for c in piece), initial=num_bytes_before))
-            found = [
-                TokenSpan(token_id, piece[start:stop], ends[start], ends[stop]) if stop > start else TokenSpan(token_id)
-                for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-            ]
-            spans += [TokenSpan(token_id) for token_id in missing] + found[num_doubled:]
+            yield from map(TokenSpan, missing)
+            for position, token_id in islice(enumerate(encoding.ids), num_doubled, None):
+                # All offsets at once would take a tenth of a second in one call, which lets no other thread run.
+                start, stop = encoding.token_to_chars(position) or (0, 0)
+                if stop > start:
+                    yield TokenSpan(token_id, piece[start:stop], ends[start], ends[stop])
+                else:
+                    yield TokenSpan(token_id)
             num_bytes_before = ends[-1]
-        return spans
 
     def _pieces(self, text: str, add_special_tokens: bool) -> Iterator[tuple[str, bool]]:
         """The parts of a text that are encoded on their own; special tokens are added before the first alone."""

@@ -62,7 +62,7 @@ class FakeTokenizer:
     def special_ids(self, texts) -> list[int]:
         return [END_TOKEN_ID] if "<|end|>" in texts else []
 
-    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+    def spans_now(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
         starts = list(itertools.accumulate((len(c.encode()) for c in text), initial=0))
         spans = [
             TokenSpan(ord(c), c, start, stop) for c, (start, stop) in zip(text, itertools.pairwise(starts), strict=True)
@@ -99,6 +99,9 @@ class FakeChatTemplate:
         self.prompt_end = ""
 
     async def render(self, conversation: Conversation) -> str:
+        return self.render_now(conversation)
+
+    def render_now(self, conversation: Conversation) -> str:
         messages = conversation.messages
         tools = "".join(f"[{tool['function']['name']}]" for tool in conversation.tools)
         if messages[0]["role"] == "bad":

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 from typing import Any
 
 import pytest
@@ -238,6 +239,87 @@ def test_a_deadline_is_a_504(serving, make_engine):
             assert served.counts()['tgi_request_failure{err="incomplete"}'] == 1
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize"])
+def test_what_is_tokenized_is_bounded_and_takes_nothing_from_generation(serving, until, path):
+    """Two texts are being tokenized, the first without end: a third is refused, and generation goes on."""
+    go_on, num_begun = threading.Event(), 0
+
+    async def run():
+        async with serving(max_concurrent_requests=2) as served:
+            spans_now = served.context.tokenizer.spans_now
+
+            def slow_spans(text, add_special_tokens=True):
+                nonlocal num_begun
+                num_begun += 1
+                assert go_on.wait(30)
+                return spans_now(text, add_special_tokens)
+
+            served.context.tokenizer.spans_now = slow_spans
+            served.context.tokenize_permits.take(1)  # one has lately been served
+            served.context.tokenize_permits.give_back(1)
+            chat = {"messages": [{"role": "user", "content": "a"}]}
+            body = GENERATE if path == "/tokenize" else chat
+
+            async def post():
+                async with served.client.post(path, json=body) as response:
+                    assert response.status == 200
+                    return await response.json()
+
+            tasks = [asyncio.create_task(post()) for _ in range(2)]
+            await until(lambda: served.context.tokenize_permits.num_taken == 2 and num_begun)
+            async with served.client.post(path, json=body) as response:
+                assert response.status == 429
+                assert response.headers["Retry-After"] == "2"
+                answer = await response.json()
+                assert (answer["error"], answer["error_type"]) == ("Model is overloaded", "overloaded")
+            for other, given in (("/generate", GENERATE), ("/v1/chat/completions", chat)):
+                async with served.client.post(other, json=given) as response:
+                    assert response.status == 200
+            assert num_begun == 1, "one at a time"
+            go_on.set()
+            first, second = await asyncio.gather(*tasks)
+            assert first == second
+            assert (first if path == "/tokenize" else first["tokenize_response"])[-1]["text"]
+            assert served.context.tokenize_permits.num_taken == 0
+            assert served.counts()["tgi_request_residual"] == 0
+
+    try:
+        asyncio.run(run())
+    finally:
+        go_on.set()
+
+
+def test_a_client_that_leaves_gives_its_permit_back_and_its_text_up(serving, until):
+    go_on, texts = threading.Event(), []
+
+    async def run():
+        async with serving(max_concurrent_requests=2) as served:
+
+            def slow_spans(text, add_special_tokens=True):
+                texts.append(text)
+                assert go_on.wait(30)
+                return []
+
+            served.context.tokenizer.spans_now = slow_spans
+            posting = [
+                asyncio.create_task(served.client.post("/tokenize", json={"inputs": text})) for text in ("a", "b")
+            ]
+            await until(lambda: served.context.tokenize_permits.num_taken == 2)
+            for task in posting:
+                task.cancel()
+            await until(lambda: served.context.tokenize_permits.num_taken == 0)
+            go_on.set()
+            async with served.client.post("/tokenize", json={"inputs": "c"}) as response:
+                assert response.status == 200
+            assert len(texts) == 2
+            assert texts[-1] == "c"
+
+    try:
+        asyncio.run(run())
+    finally:
+        go_on.set()
 
 
 def test_who_is_refused_need_not_send_a_body(serving, make_engine, until):

@@ -198,7 +198,7 @@ def test_spans_are_those_of_transformers(demo_folder):
     reference = AutoTokenizer.from_pretrained(demo_folder)
     for text in [*TEXTS, "Grüße 👩‍👩‍👧, 日本語"]:
         expected = reference(text, return_offsets_mapping=True)
-        spans = asyncio.run(tokenizer.spans(text))
+        spans = list(tokenizer.spans_now(text))
         assert [span.token_id for span in spans] == expected["input_ids"] == tokenizer.encode_now(text)
         for span, (start, stop) in zip(spans, expected["offset_mapping"], strict=True):
             assert span.text == text[start:stop]
@@ -211,9 +211,9 @@ def test_spans_have_the_ids_that_are_computed(tmp_path, has_processor, add_bos_t
     settings = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     tokenizer = Tokenizer(save_tokenizer(tmp_path, has_processor, **settings), 1)
     for text in ("é!", f"{BOS}é!"):
-        spans = tokenizer.spans_now(text)
+        spans = list(tokenizer.spans_now(text))
         assert [span.token_id for span in spans] == tokenizer.encode_now(text)
-    assert (tokenizer.spans_now("é!")[0].stop == 0) == is_added
+    assert (next(tokenizer.spans_now("é!")).stop == 0) == is_added
 
 
 def test_spans_of_a_text_whose_special_tokens_are_plain(demo_folder):
@@ -223,7 +223,7 @@ def test_spans_of_a_text_whose_special_tokens_are_plain(demo_folder):
     marked = f"<|im_start|>{tokenizer.as_plain_text(written)}<|im_end|>"
     visible = tokenizer.visible_text(marked)
     assert visible == f"<|im_start|>{written}<|im_end|>"
-    spans = tokenizer.spans_now(marked)
+    spans = list(tokenizer.spans_now(marked))
     assert [span.token_id for span in spans] == tokenizer.encode_now(marked)
     assert all(visible.encode()[span.start : span.stop].decode() == span.text for span in spans)
     assert spans[-1].stop == len(visible.encode())

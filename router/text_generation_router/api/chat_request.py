@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from text_generation_router.api.chat_schema import MAX_TEMPLATE_KWARGS
-from text_generation_router.api.context import Context
+from text_generation_router.api.context import Context, Tokenizer
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.messages import read_messages
 from text_generation_router.api.openai import read_includes_usage, read_model_name, read_options, read_user
@@ -114,17 +114,20 @@ def _read_switches(body: Fields) -> dict[str, Any]:
 
 async def render_prompt(context: Context, conversation: Conversation) -> str:
     """The prompt, in which only the template's own text may be encoded as special tokens; raises TemplateError."""
-    plain = context.tokenizer.as_plain_text
-    return await context.chat_template.render(
-        replace(
-            conversation,
-            # What a JSON text stands for is marked, not the text: escapes must not hide a special token.
-            messages=plain(readable_messages(conversation.messages)),
-            tools=plain(conversation.tools),
-            documents=plain(conversation.documents),
-            switches=plain(conversation.switches),
-            tool_prompt=plain(conversation.tool_prompt),
-        )
+    return await context.chat_template.render(plain_conversation(context.tokenizer, conversation))
+
+
+def plain_conversation(tokenizer: Tokenizer, conversation: Conversation) -> Conversation:
+    """The conversation, in which nothing can be encoded as a special token."""
+    plain = tokenizer.as_plain_text
+    return replace(
+        conversation,
+        # What a JSON text stands for is marked, not the text: escapes must not hide a special token.
+        messages=plain(readable_messages(conversation.messages)),
+        tools=plain(conversation.tools),
+        documents=plain(conversation.documents),
+        switches=plain(conversation.switches),
+        tool_prompt=plain(conversation.tool_prompt),
     )
 
 

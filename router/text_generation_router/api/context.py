@@ -1,7 +1,9 @@
 """What every handler needs of the server, and what it asks of the engine."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,8 +82,8 @@ class Tokenizer(PromptEncoder, Protocol):
     def special_ids(self, texts: Iterable[str]) -> list[int]:
         """Ids of those special tokens whose own text is one of these."""
 
-    async def spans(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
-        """The tokens of a text, with the parts of it that they stand for."""
+    def spans_now(self, text: str, add_special_tokens: bool = True) -> Iterable[TokenSpan]:
+        """The tokens of a text, with the parts of it that they stand for; in the calling thread."""
 
 
 class ChatTemplate(Protocol):
@@ -93,6 +95,9 @@ class ChatTemplate(Protocol):
 
     async def render(self, conversation: Conversation) -> str:
         """The prompt; raises TemplateError, and ValidationError for what the template cannot show."""
+
+    def render_now(self, conversation: Conversation) -> str:
+        """`render` in the calling thread."""
 
 
 def package_version() -> str:
@@ -118,12 +123,16 @@ class Context:
     version: str = field(default_factory=package_version)
     validator: Validator = field(init=False)
     permits: Permits = field(init=False)
+    # Of /tokenize and /chat_tokenize, which work in a thread of their own: they take nothing from generation.
+    tokenize_permits: Permits = field(init=False)
+    tokenize_thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "tokenize"))
     open_requests: OpenRequests = field(init=False)
     turns: Turns = field(default_factory=Turns)
 
     def __post_init__(self) -> None:
         self.validator = Validator(self.config, self.engine.limits, self.tokenizer, self.grammars)
         self.permits = Permits(self.config.max_concurrent_requests)
+        self.tokenize_permits = Permits(self.config.max_concurrent_requests)
         self.open_requests = OpenRequests(self.metrics, self.engine.unfinished_ids)
         self.metrics.processes.set_build(self.version, self.config.build_sha or "", self.config.docker_label or "")
 

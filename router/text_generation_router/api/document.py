@@ -15,10 +15,10 @@ _BODY_ERRORS = {
     413: "The body is longer than `--payload-limit`.",
     415: "The body is compressed.",
     422: "A field is missing, of the wrong type or out of its range, or asks for what is not supported.",
+    429: "More requests than `--max-concurrent-requests`.",
 }
 _GENERATION_ERRORS = {
     424: "A step failed.",
-    429: "More requests than `--max-concurrent-requests`.",
     500: "The answer was not completed.",
     503: "The server is shutting down.",
 }

@@ -24,6 +24,7 @@ from text_generation_router.api.responses import (
     error_response,
     json_response,
 )
+from text_generation_router.api.tokenize import TOKENIZE_PATHS
 from text_generation_router.errors import ShuttingDown
 
 # Ids that clients send are echoed when they are plain and short; others get ours.
@@ -105,12 +106,12 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         shown = as_router_error(error)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun, no other can be sent") from error
-        return error_response(shown, request.path, _retry_after_s(shown, request.app[CONTEXT_KEY]))
+        return error_response(shown, request.path, _retry_after_s(shown, request.path, request.app[CONTEXT_KEY]))
 
 
-def _retry_after_s(error: Exception, context: Context) -> int:
-    return (
-        DRAIN_RETRY_AFTER_S
-        if isinstance(error, ShuttingDown)
-        else context.permits.retry_after_s(context.engine.num_waiting())
-    )
+def _retry_after_s(error: Exception, path: str, context: Context) -> int:
+    if isinstance(error, ShuttingDown):
+        return DRAIN_RETRY_AFTER_S
+    if path in TOKENIZE_PATHS:
+        return context.tokenize_permits.retry_after_s(context.tokenize_permits.num_taken)
+    return context.permits.retry_after_s(context.engine.num_waiting())

@@ -26,9 +26,12 @@ _TEXT_MARK = f"text {secrets.token_hex(16)}"
 
 def json_response(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> web.Response:
     """A JSON answer."""
-    return web.Response(
-        body=orjson.dumps(body), status=status, headers=headers, content_type="application/json", charset=None
-    )
+    return rendered_response(orjson.dumps(body), headers, status)
+
+
+def rendered_response(body: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> web.Response:
+    """An answer that is JSON already."""
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json", charset=None)
 
 
 def is_openai_path(path: str) -> bool:
