@@ -13,7 +13,8 @@ RouterError
 ├── Overloaded                      429  overloaded
 │   ├── QueueFull
 │   ├── QueueTimeExceeded
-│   └── GrammarsOverloaded
+│   ├── GrammarsOverloaded
+│   └── BodiesOverloaded
 ├── ShuttingDown                    503  overloaded
 ├── GenerationError                 424  generation
 ├── IncompleteGeneration            500  incomplete_generation
@@ -38,6 +39,7 @@ REJECTIONS = (
     "payload",
     "header_time",
     "body_time",
+    "body_memory",
     "http",
     "api_key",
 )
@@ -154,6 +156,12 @@ class GrammarsOverloaded(Overloaded):
     """More grammars wait to be compiled than is bearable, or the process that tries them does not start."""
 
     rejection = "grammars"
+
+
+class BodiesOverloaded(Overloaded):
+    """The request bodies that are being read take all the memory that they may."""
+
+    rejection = "body_memory"
 
 
 class ShuttingDown(RouterError):

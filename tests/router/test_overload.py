@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from text_generation_router import publisher as publisher_module
+from text_generation_router.api import body_memory as body_memory_module
 from text_generation_router.api import connection as connection_module
+from text_generation_router.api.body_memory import BodyMemory
 from text_generation_router.block_manager import BlockManager
 from text_generation_router.config import RouterConfig
 from text_generation_router.engine import Engine
 from text_generation_router.errors import (
+    BodiesOverloaded,
     DeadlineExceeded,
     IncompleteGeneration,
     QueueFull,
@@ -376,6 +379,71 @@ def test_a_tenants_share_of_permits_is_its_own(serving, make_engine, tmp_path):
                 response.close()
 
     asyncio.run(run())
+
+
+def test_bodies_that_are_being_read_take_a_bounded_memory(serving, until, monkeypatch):
+    """Of 64 slow large bodies as many are held as the bound allows; small requests get through all the while."""
+    monkeypatch.setattr(body_memory_module, "MAX_BODIES_BYTES", 0)
+    monkeypatch.setattr(body_memory_module, "SMALL_BODY_BYTES", 1000)
+    body = b'{"inputs":"abc"' + b" " * 19_984 + b"}"
+    assert len(body) == 20_000
+    head = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 20000\r\n\r\n"
+
+    def num_refused(served):
+        return served.counts()['tgi_request_rejected{reason="body_memory"}']
+
+    async def run():
+        async with serving(payload_limit=20_000) as served:
+            port, memory = int(served.url.rsplit(":", 1)[1]), served.context.bodies
+            connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(64)]
+            for number, (_, writer) in enumerate(connections, 1):
+                writer.write(head + body[:13_000])
+                # A bound of 80 000, of which large ones may take 60 000.
+                held, refused = min(number, 4) * 13_000, max(number - 4, 0)
+                await until(lambda: (memory.num_bytes, num_refused(served)) == (held, refused))  # noqa: B023
+            for path in ("/generate", "/tokenize"):
+                async with served.client.post(path, json=GENERATE) as response:
+                    assert response.status == 200
+            statuses = []
+            for reader, writer in connections:
+                writer.write(body[13_000:])
+                statuses.append((await reader.readline()).split()[1])
+                if statuses[-1] == b"429":
+                    answer = await reader.readuntil(b"}")
+                    assert b"Retry-After: " in answer
+                    assert b"take 52000 bytes, at most 60000 may. Send this one again later; those of up to" in answer
+                writer.close()
+            assert (statuses.count(b"200"), statuses.count(b"429")) == (4, 60)
+            assert memory.num_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_in_its_body_frees_the_memory(serving, until):
+    async def run():
+        async with serving() as served:
+            _, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 20000\r\n\r\n" + b"{" * 10_000)
+            await until(lambda: served.context.bodies.num_bytes == 10_000)
+            writer.close()
+            await until(lambda: served.context.bodies.num_bytes == 0)
+
+    asyncio.run(run())
+
+
+def test_small_bodies_are_bounded_too(monkeypatch):
+    monkeypatch.setattr(body_memory_module, "MAX_BODIES_BYTES", 100)
+    monkeypatch.setattr(body_memory_module, "SMALL_BODY_BYTES", 10)
+    memory = BodyMemory(payload_limit=20)
+    for _ in range(10):
+        memory.take(4, num_before=0)
+        memory.take(6, num_before=4)
+    with pytest.raises(BodiesOverloaded, match="take 100 bytes, at most 100 may"):
+        memory.take(1, num_before=0)
+    memory.give_back(25)
+    with pytest.raises(BodiesOverloaded, match="take 75 bytes, at most 75 may"):
+        memory.take(1, num_before=10)
+    memory.take(10, num_before=0)
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /generate HT", b"POST /generate HTTP/1.1\r\nHost: a\r\nX: "])

@@ -1,10 +1,11 @@
-"""Request bodies: from bytes to one JSON object, bounded in size, depth and time."""
+"""Request bodies: from bytes to one JSON object, bounded in size, depth and time, and in the memory of all together."""
 
 import asyncio
 
 import orjson
 from aiohttp import web
 
+from text_generation_router.api.context import CONTEXT_KEY
 from text_generation_router.errors import (
     MalformedBody,
     MalformedRequest,
@@ -21,26 +22,31 @@ BODY_TIMEOUT_S = 60.0
 
 
 async def read_body(request: web.Request) -> dict[str, object]:
-    """Read the request's body as a JSON object, whatever its content type says."""
+    """Read the request's body as a JSON object, whatever its content type says. Raises ValidationError, Overloaded."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedContentEncoding("compressed request bodies are not accepted")
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
         raise PayloadTooLarge(f"the body must have at most {limit} bytes. Given: {request.content_length}")
+    memory, content = request.app[CONTEXT_KEY].bodies, bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            content = await request.read()
+            while chunk := await request.content.readany():
+                if len(content) + len(chunk) > limit:
+                    raise PayloadTooLarge(f"the body must have at most {limit} bytes")
+                memory.take(len(chunk), len(content))
+                content += chunk
+        return _parse_object(content)
     except TimeoutError:
         raise RequestTimeout(f"the body must come within {BODY_TIMEOUT_S:g} s") from None
     except web.RequestPayloadError as error:
         raise MalformedRequest(f"the body is not valid HTTP: {error}") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise PayloadTooLarge(f"the body must have at most {limit} bytes") from None
-    return _parse_object(content)
+    finally:
+        memory.give_back(len(content))
 
 
-def _parse_object(content: bytes) -> dict[str, object]:
+def _parse_object(content: bytearray) -> dict[str, object]:
     try:
         body = orjson.loads(content)  # refuses NaN, infinities, lone surrogates and more than 1024 levels
     except orjson.JSONDecodeError as error:

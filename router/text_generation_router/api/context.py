@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
+from text_generation_router.api.body_memory import BodyMemory
 from text_generation_router.api.open_requests import OpenRequests
 from text_generation_router.api.permits import Permits
 from text_generation_router.api.turns import Turns
@@ -126,6 +127,7 @@ class Context:
     # Of /tokenize and /chat_tokenize, which work in a thread of their own: they take nothing from generation.
     tokenize_permits: Permits = field(init=False)
     tokenize_thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "tokenize"))
+    bodies: BodyMemory = field(init=False)
     open_requests: OpenRequests = field(init=False)
     turns: Turns = field(default_factory=Turns)
 
@@ -133,6 +135,7 @@ class Context:
         self.validator = Validator(self.config, self.engine.limits, self.tokenizer, self.grammars)
         self.permits = Permits(self.config.max_concurrent_requests)
         self.tokenize_permits = Permits(self.config.max_concurrent_requests)
+        self.bodies = BodyMemory(self.config.payload_limit)
         self.open_requests = OpenRequests(self.metrics, self.engine.unfinished_ids)
         self.metrics.processes.set_build(self.version, self.config.build_sha or "", self.config.docker_label or "")
 

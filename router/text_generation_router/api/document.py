@@ -15,7 +15,7 @@ _BODY_ERRORS = {
     413: "The body is longer than `--payload-limit`.",
     415: "The body is compressed.",
     422: "A field is missing, of the wrong type or out of its range, or asks for what is not supported.",
-    429: "More requests than `--max-concurrent-requests`.",
+    429: "More requests than `--max-concurrent-requests`, or another bound on what waits.",
 }
 _GENERATION_ERRORS = {
     424: "A step failed.",
