@@ -92,6 +92,18 @@ def test_sigterm_lets_the_running_stream_finish(server: Server) -> None:
     server.assert_nothing_left()
 
 
+def test_shards_that_die_for_the_last_time_during_the_drain(server: Server) -> None:
+    with server.stream("/generate_stream", BODY) as lines:
+        next(lines)
+        server.signal(signal.SIGTERM)
+        server.wait_for(lambda: server.get("/health").status == 503, "the drain")
+        server.children(SHARD)[0].kill()
+        rest = [line for line in _read_to_end(lines) if line.startswith("data: ")]
+    assert '"error_type":"generation"' in rest[-1]
+    assert server.wait_end() == 1
+    server.assert_nothing_left()
+
+
 def test_a_second_sigterm_ends_it_at_once(server: Server) -> None:
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
     with server.stream("/generate_stream", body) as lines:

@@ -53,6 +53,7 @@ class Child:
         self.process = process
         self.answer = b""
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
+        self._is_asked_to_end = False
         self._stacks: list[str] | None = None  # lines of them, while they are asked for
         self._writer = writer
         assert process.stdout is not None
@@ -98,6 +99,12 @@ class Child:
     def send(self, number: signal.Signals) -> None:
         """Send a signal; without effect once the process has ended."""
         self.process.send_signal(number)
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, once: to a second one a router answers by ending at once, in the middle of its streams."""
+        if not self._is_asked_to_end:
+            self._is_asked_to_end = True
+            self.send(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
         """Have the process write where its threads are; `take_stacks` a moment later has the text."""
@@ -254,10 +261,10 @@ class Supervisor:
         self.children = [child for child in self.children if child not in children]
 
     def stop(self, children: Sequence[Child], grace_s: float) -> None:
-        """End children by SIGTERM, and by SIGKILL after `grace_s` or as soon as another signal arrives."""
+        """Ask children to end, and kill them after `grace_s` or as soon as another signal arrives."""
         alive = [child for child in children if child.is_alive]
         for child in alive:
-            child.send(signal.SIGTERM)
+            child.ask_to_end()
         deadline_s = time.monotonic() + grace_s
         while any(child.is_alive for child in alive):
             remaining_s = deadline_s - time.monotonic()

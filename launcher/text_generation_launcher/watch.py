@@ -1,7 +1,6 @@
 """From the moment the server is ready to its end: replaces shards that are lost, and stops the router when asked."""
 
 import logging
-import signal
 import time
 
 from text_generation_launcher.config import LauncherConfig
@@ -58,7 +57,7 @@ class Watch:
         if self._end_s is None:
             log.info("Stopping: the router first, for at most %d s", self._grace_s)
             self._end_s = time.monotonic() + self._grace_s + _ROUTER_KILL_GRACE_S
-            self._router.send(signal.SIGTERM)
+            self._router.ask_to_end()
         else:
             log.warning("Second signal: ending at once")
             self._supervisor.kill(self._supervisor.children)

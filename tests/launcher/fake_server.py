@@ -111,6 +111,9 @@ def read_line(line: socket.socket, ends_when_told: bool) -> None:
         if ends_when_told:
             os._exit(0)
     tell("router", "line-closed")
+    if ends_when_told:
+        time.sleep(0.2)  # for whatever else it is told
+        os._exit(0)
 
 
 def router() -> None:

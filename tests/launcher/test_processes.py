@@ -214,6 +214,19 @@ def test_shards_are_replaced_while_the_router_drains(start: Callable[..., Server
     server.assert_nothing_left()
 
 
+def test_a_router_that_drains_is_not_told_again_when_the_last_shards_die(start: Callable[..., Server]) -> None:
+    server = start("--max-shard-restarts", "0", FAKE_DRAIN_S="until told")
+    server.wait_ready()
+    server.process.terminate()
+    eventually(lambda: "router sigterm" in server.events, "the router is told")
+    os.kill(server.pids()["shard-0"], signal.SIGKILL)
+    assert server.wait() == 1
+    assert "shard-0 was ended by signal SIGKILL" in server.log.splitlines()[-1]
+    assert "router line-closed" in server.events
+    assert server.events.count("router sigterm") == 1
+    server.assert_nothing_left()
+
+
 def test_shards_that_do_not_come_back_end_it(start: Callable[..., Server]) -> None:
     server = start("--max-shard-restarts", "2", FAKE_SHARD="start-once")
     server.wait_ready()
