@@ -4,7 +4,7 @@ import logging
 import time
 
 from text_generation_launcher.config import LauncherConfig
-from text_generation_launcher.errors import ChildDied
+from text_generation_launcher.errors import ChildDied, SettingsError
 from text_generation_launcher.processes import Child, StopSignal, Supervisor
 from text_generation_launcher.router_line import LostGroup, RouterLine
 from text_generation_launcher.shard_group import RestartBudget, ShardGroup
@@ -93,7 +93,7 @@ class Watch:
         self._replace(ChildDied(reason, []))
 
     def _replace(self, death: ChildDied) -> None:
-        """Start all shards anew; raises `death` when that has been done too often."""
+        """Start all shards anew; raises ChildDied when that has been done too often or fails."""
         self._group.end()
         if alive := [child.name for child in self._group.children if child.is_alive]:
             raise ChildDied(f"{death} {', '.join(alive)} cannot be killed.", death.last_lines)
@@ -105,7 +105,11 @@ class Watch:
             raise death
         log.error("%s", "\n".join([str(death), *death.last_lines]))
         log.warning("Starting the shards again; at most %d times within 10 minutes (--max-shard-restarts)", limit)
-        self._group.start()
+        try:
+            self._group.start()
+        except (SettingsError, OSError) as error:  # their place to meet is taken, or the machine has no more to give
+            reason = str(error).removesuffix(".")
+            raise ChildDied(f"{death} The shards cannot be started again: {reason}.", death.last_lines) from error
         self._is_restarting = True
 
 

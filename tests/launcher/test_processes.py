@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from text_generation_launcher.errors import ChildDied
 from text_generation_launcher.logs import LogWriter
 from text_generation_launcher.processes import Supervisor
 from text_generation_launcher.shard_group import RestartBudget
+from text_generation_launcher.watch import Watch
 
 ROOT = Path(__file__).parents[2]
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
@@ -235,6 +238,40 @@ def test_shards_that_do_not_come_back_end_it(start: Callable[..., Server]) -> No
     assert "shard-0 ended with exit code 7. The shards were restarted 2 times" in server.log.splitlines()[-1]
     assert "cannot load the weights" in server.log
     server.assert_nothing_left()
+
+
+def test_shards_that_cannot_be_started_again_end_it_in_order(start: Callable[..., Server]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = start("--num-shard", "3", "--master-port", str(port))
+    server.wait_ready()
+    with socket.create_server(("127.0.0.1", port)):  # the shards have met, and left it
+        os.kill(server.pids()["shard-1"], signal.SIGKILL)
+        assert server.wait() == 1
+    last = server.log.splitlines()[-1]
+    assert "shard-1 was ended by signal SIGKILL" in last
+    assert "The shards cannot be started again: The shards cannot meet" in last
+    assert "router line-closed" in server.events
+    assert "router exit" in server.events
+    server.assert_nothing_left()
+
+
+def test_a_machine_that_starts_no_more_processes_ends_it_in_order() -> None:
+    shard = SimpleNamespace(
+        name="shard-0", is_alive=False, last_lines=["its last"], read_to_end=lambda: None, ending=lambda: "ended"
+    )
+    supervisor = SimpleNamespace(next_event=lambda timeout_s: shard)
+
+    def start() -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    group = SimpleNamespace(children=[shard], start=start, end=lambda: None)
+    config = SimpleNamespace(graceful_termination_timeout=1, max_shard_restarts=3)
+    with pytest.raises(
+        ChildDied, match=r"^shard-0 ended\. The shards cannot be started again: .*unavailable\.$"
+    ) as death:
+        Watch(supervisor, group, SimpleNamespace(is_alive=True), None, config).run()  # type: ignore[arg-type]
+    assert death.value.last_lines == ["its last"]
 
 
 def test_restarts_count_within_ten_minutes() -> None:
