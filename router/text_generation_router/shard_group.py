@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # A later group may take so much longer than the first to get ready: other processes may use the machine by then.
 READY_FACTOR = 5.0
 READY_GRACE_S = 60.0
+# A grammar took 1.5 s at most when it was accepted; a group that needs so much longer for one is stuck.
+GRAMMAR_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ShardSupply:
         """
         started_s = time.monotonic()
         config = self._config
-        group = await self._prepare(config.max_total_tokens or 0, config.max_batch_total_tokens or 0, ())
+        group = await self._prepare(config.max_total_tokens or 0, config.max_batch_total_tokens or 0)
         limits = derive_limits(config, group.info, group.num_blocks)
         self._first = group.info, group.num_blocks, limits
         self._ready_s = time.monotonic() - started_s
@@ -67,8 +69,7 @@ class ShardSupply:
             except NoMoreShards:
                 raise lost from None
             try:
-                async with asyncio.timeout(READY_GRACE_S + READY_FACTOR * self._ready_s):
-                    return await self._prepare_again(grammars())
+                return await self._prepare_again(grammars)
             except TimeoutError:
                 lost = ShardFailure("the shards did not get ready in time", is_stuck=True)
             except ShardFailure as error:
@@ -78,17 +79,22 @@ class ShardSupply:
                 lost = ShardFailure(repr(error))
             logger.error("Group %d of the shards: %s", self._generation, lost)
 
-    async def _prepare_again(self, grammars: Iterable[str]) -> ShardGroup:
+    async def _prepare_again(self, grammars: Callable[[], Iterable[str]]) -> ShardGroup:
         """A group that must be able to do what the first one could: requests were accepted on its word."""
         assert self._first is not None
         info, num_blocks, limits = self._first
-        group = await self._prepare(limits.max_total_tokens, num_blocks * info.block_size, grammars)
-        if group.info != info:
+        async with asyncio.timeout(READY_GRACE_S + READY_FACTOR * self._ready_s):
+            group = await self._prepare(limits.max_total_tokens, num_blocks * info.block_size)
+        try:
+            if group.info != info:
+                raise ShardFailure("the shards hold another model than before")
+            await _prepare_grammars(group.shards, grammars)
+        except BaseException:
             await group.shards.close()
-            raise ShardFailure("the shards hold another model than before")
+            raise
         return group
 
-    async def _prepare(self, max_total_tokens: int, max_kv_tokens: int, grammars: Iterable[str]) -> ShardGroup:
+    async def _prepare(self, max_total_tokens: int, max_kv_tokens: int) -> ShardGroup:
         config = self._config
         shards = ShardClient(config.shard_uds_path, config.world_size)
         try:
@@ -97,8 +103,6 @@ class ShardSupply:
             tokens = self._tokenizer.grammar_tokens(info.vocab_size)
             if tokens is not None and not config.disable_grammar_support:
                 await shards.load_vocabulary(*tokens)
-            for grammar in grammars:
-                await shards.prepare_grammar(grammar)
             return ShardGroup(shards, ShardProgress(config.run_folder, config.world_size), info, num_blocks)
         except BaseException:
             await shards.close()
@@ -107,3 +111,13 @@ class ShardSupply:
     async def close(self) -> None:
         """Say that no group is needed any more."""
         await self._link.close()
+
+
+async def _prepare_grammars(shards: ShardClient, grammars: Callable[[], Iterable[str]]) -> None:
+    """Each has its own time: clients decide how many there are. Those of requests that end meanwhile are left out."""
+    prepared: set[str] = set()
+    while missing := set(grammars()) - prepared:
+        grammar = missing.pop()
+        async with asyncio.timeout(GRAMMAR_LIMIT_S):
+            await shards.prepare_grammar(grammar)
+        prepared.add(grammar)
