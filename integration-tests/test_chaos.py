@@ -219,7 +219,7 @@ def test_chaos(server: Server, collector: socket.socket) -> None:
     server.wait_idle()
     assert not load.faults, "\n".join(load.faults[:10])
     allowed = {"success", "left", "error validation"}
-    # A request that happens to run when shards are lost twice is ended, as one that causes it.
+    # A request that runs when shards are lost twice is ended.
     assert load.endings.keys() <= allowed | {"error generation"}, load.endings
     assert load.endings["success"] > NUM_CLIENTS
     _check_counters(before, server.metrics(), load.endings)

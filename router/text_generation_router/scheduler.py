@@ -24,7 +24,7 @@ from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
 
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
-MAX_SUSPICIONS = 2  # losses of the shards that one sequence may have caused
+MAX_LOSSES = 2  # of the shards while one sequence ran: it may have caused them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,10 @@ class Scheduler:
     def start_over(self) -> list[Sequence]:
         """The shards are lost, and all blocks with them: what was in the batch waits to be computed again.
 
-        Answers the sequences, not ended yet, that may have caused two losses. All that ran are suspects at first. They
-        return one at a time, so that a second loss tells which of them it was.
+        Answers the sequences, not ended yet, that have run in two losses. Those that ran return one at a time, so that
+        a second loss, if one of them causes it, does not hit those behind it.
         """
         batch = [s for s in self._by_id.values() if s.state in (SequenceState.RUNNING, SequenceState.DRAINING)]
-        suspects = [sequence for sequence in batch if sequence.is_suspect] or batch
-        for sequence in suspects:
-            sequence.num_suspicions += 1
         for sequence in batch:
             sequence.note_loss()
             self.waiting.add(sequence)
@@ -131,7 +128,7 @@ class Scheduler:
         self._prefixes.clear()
         self._on_trial = None
         self._last_step = self._last_step_ended = 0
-        return [sequence for sequence in suspects if sequence.num_suspicions >= MAX_SUSPICIONS]
+        return [sequence for sequence in batch if sequence.num_restarts >= MAX_LOSSES]
 
     def grammars(self) -> set[str]:
         """The grammars of the sequences that have not ended."""

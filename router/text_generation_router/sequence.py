@@ -41,7 +41,6 @@ class Sequence:
         "num_recomputed_tokens",
         "num_registered_blocks",
         "num_restarts",
-        "num_suspicions",
         "num_unsafe_tokens",
         "prompt_scores",
         "request",
@@ -67,7 +66,6 @@ class Sequence:
         self.num_lost_tokens = 0  # computed when it lost its blocks last
         self.num_recomputed_tokens = 0  # of all that it lost, what prefix hits did not give back
         self.num_restarts = 0  # times that it ran when the shards were lost
-        self.num_suspicions = 0  # those of them that it may have caused
         self.num_unsafe_tokens = 0  # as long as it has no more, its next step may be the one that lost the shards
         self.num_registered_blocks = 0  # leading blocks of the table offered to the prefix cache
         self.num_found_blocks = 0  # leading blocks of the table that others had offered when it joined the batch

@@ -320,7 +320,37 @@ def test_shards_are_lost_while_the_token_of_a_preempted_sequence_is_on_its_way()
         assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
 
 
-def test_who_loses_the_shards_twice_in_a_row_ends_alone():
+def test_all_that_run_in_two_losses_end():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(4)]
+    harness.advance()
+    harness.lose_shards()
+    while len(harness.shard.rows) < 2:  # the first one has got past the loss
+        harness.advance()
+    harness.lose_shards()
+    harness.run_until_idle()
+    assert harness.failed == {sequence.sequence_id for sequence in sequences[:2]}
+    for sequence in sequences[2:]:
+        assert harness.generated[sequence.sequence_id] == expected_tokens(sequence.request)[0]
+
+
+def test_who_ran_in_two_losses_far_apart_ends_and_who_came_between_them_does_not():
+    harness = Harness(200, 4, SchedulerLimits(64, 8))
+    old = harness.add(make_request([1, 2, 3], 60, ignore_eos=True))
+    harness.advance()
+    harness.lose_shards()
+    for _ in range(20):
+        harness.advance()
+    new = harness.add(make_request([4, 5, 6], 60, ignore_eos=True))
+    while len(harness.shard.rows) < 2:
+        harness.advance()
+    harness.lose_shards()
+    harness.run_until_idle()
+    assert harness.failed == {old.sequence_id}
+    assert harness.generated[new.sequence_id] == expected_tokens(new.request)[0]
+
+
+def test_a_second_loss_hits_the_one_that_has_returned_alone():
     harness = Harness(200, 4, SchedulerLimits(64, 8))
     sequences = [harness.add(make_request([i, i + 1, i + 2], 60, ignore_eos=True)) for i in range(3)]
     harness.advance()
