@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import threading
 from typing import Any
 
@@ -323,6 +324,30 @@ def test_a_client_that_leaves_gives_its_permit_back_and_its_text_up(serving, unt
         asyncio.run(run())
     finally:
         go_on.set()
+
+
+def test_the_deadline_runs_while_validation_waits_for_shards(serving, make_engine):
+    async def run():
+        async with serving(make_engine(), request_timeout=0.03) as served:
+
+            async def wait_for_shards(grammar):
+                await asyncio.Event().wait()
+
+            served.context.validator._grammars.compile = wait_for_shards
+            grammar = {"type": "regex", "value": "a"}
+            body = {"inputs": "a", "parameters": {"grammar": grammar}}
+            async with served.client.post("/generate", json=body) as response:
+                assert response.status == 504
+                assert (await response.json())["error_type"] == "deadline_exceeded"
+            async with served.client.post("/generate_stream", json=body) as response:
+                event = json.loads((await response.text()).removeprefix("data:"))
+                assert event["error_type"] == "deadline_exceeded"
+            counts = served.counts()
+            assert counts['tgi_request_failure{err="incomplete"}'] == 2
+            assert counts["tgi_request_residual"] == counts["tgi_request_running"] == 0
+            assert served.context.permits.num_taken == 0
+
+    asyncio.run(run())
 
 
 def test_who_is_refused_need_not_send_a_body(serving, make_engine, until):

@@ -20,6 +20,7 @@ from text_generation_router.api.context import (
 )
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.request_log import Identity, log_end, log_prompt, log_success
+from text_generation_router.errors import DeadlineExceeded
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
@@ -187,10 +188,17 @@ class GenerationRequest:
     async def validate(
         self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
     ) -> ValidRequest:
-        """Check and encode one prompt; raises ValidationError."""
+        """Check and encode one prompt; raises ValidationError, and DeadlineExceeded: it may wait for shards."""
         if self.context.config.log_prompts:
             log_prompt(self._identity, prompt)
-        return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
+        limit_s, age_s = self.context.config.request_timeout, (time.monotonic_ns() - self.received_ns) / 1e9
+        try:
+            async with asyncio.timeout(None if limit_s is None else limit_s - age_s) as deadline:
+                return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceeded(f"{limit_s:g} s") from None
 
     def submit(self, request: ValidRequest, options: GenerationOptions, first: Generation | None = None) -> Generation:
         """Queue one prompt, made with these options; or a further run of the prompt of `first`."""
