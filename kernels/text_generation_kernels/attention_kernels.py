@@ -70,7 +70,7 @@ def attention_items_kernel(
         key_end = tl.load(item + 6)
         piece = tl.load(item + 7)
         row = first_row + rows // GROUP_SIZE
-        tokens = tl.load(row_tokens + row, mask=is_row, other=0).to(tl.int64)
+        tokens = tl.load(row_tokens + row, mask=is_row, other=0)
         positions = tl.load(row_positions + row, mask=is_row, other=0)
         where = (tokens * (NUM_KV_HEADS * GROUP_SIZE) + heads) * HEAD_DIM
         is_element = is_row[:, None] & is_dim[None, :]
@@ -108,9 +108,7 @@ def attention_items_kernel(
             result = total.to(output.dtype.element_ty)
             tl.store(output + where[:, None] + dims[None, :], result, mask=is_element)
         else:
-            first_lanes = (
-                tl.load(row_slots + row, mask=is_row, other=0).to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + heads
-            )
+            first_lanes = tl.load(row_slots + row, mask=is_row, other=0) * (NUM_KV_HEADS * GROUP_SIZE) + heads
             lanes = first_lanes + piece * (NUM_KV_HEADS * GROUP_SIZE)
             tl.store(partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], total, mask=is_element)
             log_weight = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
@@ -204,8 +202,15 @@ def _attend(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: exponentials relative to each row's highest score so far, in powers of two."""
-    positions_of_keys = start + tl.arange(0, KEYS)
-    blocks = table + positions_of_keys // BLOCK_SIZE
+    places = tl.arange(0, KEYS)
+    positions_of_keys = start + places
+    blocks = table + start // BLOCK_SIZE
+    if KEYS % BLOCK_SIZE == 0:  # a tile is whole blocks: where its keys lie in them is the same for every tile
+        blocks += places // BLOCK_SIZE
+        places %= BLOCK_SIZE
+    else:  # or part of one
+        blocks += tl.zeros_like(places)
+        places += start % BLOCK_SIZE
     if MASKED:
         # What lies behind the last key, in the table and in the blocks, may be anything: it is not read.
         is_key = positions_of_keys < key_end
@@ -214,8 +219,8 @@ def _attend(
     else:
         block = tl.load(blocks)
         is_element = is_dim[None, :]
-    lines = block.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + positions_of_keys % BLOCK_SIZE * HEAD_DIM
-    elements = lines[:, None] + dims[None, :]
+    starts = block.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+    elements = (places[:, None] * HEAD_DIM + dims[None, :]) + starts[:, None]
     if MASKED or PADDED_DIM != HEAD_DIM:
         k = tl.load(keys_of_head + elements, mask=is_element, other=0.0)
     else:

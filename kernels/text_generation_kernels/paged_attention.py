@@ -143,6 +143,8 @@ def _check(
     assert block_tables.stride(1) == 1
     assert block_tables.shape[0] <= layout.max_sequences
     assert output.shape == query.shape
+    for tensor in (query, workspace.partial_output):
+        assert tensor.numel() < 2**31, "the kernels count these elements in 32 bits"
     for tensor in (query, key_cache, value_cache, output):
         assert tensor.is_contiguous()
         assert tensor.dtype == query.dtype
