@@ -137,6 +137,25 @@ def test_langchain(results: dict[str, Any]) -> None:
     }
 
 
+STRUCTURED = ("hub_structured", "tgi_structured", "litellm_structured", "langchain_structured")
+
+
+@pytest.mark.parametrize("name", [*STRUCTURED, "newest"])
+def test_forms_and_tool_calls(request: pytest.FixtureRequest, name: str) -> None:
+    """Whole and streamed; the schema is one of an object, though it does not say so."""
+    if name == "newest":
+        found = good(request.getfixturevalue("newest_hub"), "hub_structured")
+    else:
+        found = good(request.getfixturevalue("results"), name)
+    texts = [*found.get("chats", []), *([found["raw"]] if "raw" in found else [])]
+    assert texts
+    for text in texts:
+        assert text.keys() == {"city", "big"}
+        assert (type(text["city"]), type(text["big"])) == (str, bool)
+    assert {text["city"] for text in found.get("chats", [])} <= {"Paris"}
+    assert all(calls == [["get_weather", {"city": "Paris"}]] for calls in found["calls"])
+
+
 def test_two_parsers_of_server_sent_events(results: dict[str, Any]) -> None:
     first, second = good(results, "httpx_sse_stream"), good(results, "sseclient_stream")
     assert first == second

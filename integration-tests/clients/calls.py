@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from structured import hub_structured, langchain_structured, litellm_structured, tgi_structured
+
 QUESTION = "What is the capital of France?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 PROMPT = f"<|im_start|>system\n{{}}<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -268,10 +270,10 @@ def _streams(events: Callable[[str, dict[str, Any]], Iterator[str]]) -> Any:
 
 
 LIBRARIES: dict[str, tuple[Call, ...]] = {
-    "huggingface_hub": (hub_generate, hub_errors, hub_chat, hub_async_chat),
-    "text_generation": (tgi_generate, tgi_errors, tgi_chat, tgi_async_generate),
-    "litellm": (litellm_chat, litellm_completion, litellm_errors),
-    "langchain_huggingface": (langchain_generate, langchain_chat),
+    "huggingface_hub": (hub_generate, hub_errors, hub_chat, hub_async_chat, hub_structured),
+    "text_generation": (tgi_generate, tgi_errors, tgi_chat, tgi_async_generate, tgi_structured),
+    "litellm": (litellm_chat, litellm_completion, litellm_errors, litellm_structured),
+    "langchain_huggingface": (langchain_generate, langchain_chat, langchain_structured),
     "sse": (httpx_sse_stream, sseclient_stream),
 }
 

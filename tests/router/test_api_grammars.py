@@ -34,6 +34,7 @@ GRAMMARS = [
     ({"type": "json_object", "value": SCHEMA}, f"json_schema none {TEXT}"),
     ({"type": "json", "value": '{"type": "string"}'}, 'json_schema none {"type": "string"}'),
     ({"type": "json_object"}, 'json_schema none {"type":"object"}'),
+    ({"type": "json_object", "schema": SCHEMA}, f"json_schema none {TEXT}"),
     ({"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}}, f"json_schema none {TEXT}"),
     ({"type": "json_schema", "value": {"schema": TEXT}}, f"json_schema none {TEXT}"),
     (
@@ -59,6 +60,7 @@ def test_every_route_takes_both_shapes(serving, value, expected):
     [
         ({"type": "regex"}, "`value` must be a regular expression"),
         ({"type": "json", "value": 1}, "`value` must be a JSON schema"),
+        ({"type": "json_object", "schema": 1}, "`schema` must be a JSON schema"),
         ({"type": "json_schema", "value": {"name": "a"}}, "`schema` is missing"),
         ({"type": "json_schema"}, "`value` must be an object"),
         ({"type": "yaml"}, "`type` must be text, json_object"),

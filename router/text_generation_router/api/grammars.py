@@ -27,7 +27,7 @@ GRAMMAR = ObjectSchema(
         Parameter(
             "type",
             Kind.STRING,
-            "`json_object` (or `json`): JSON, of the schema in `value`, or any object where there is none; "
+            "`json_object` (or `json`): JSON, of the schema in `value` or `schema`, or any object where there is none; "
             "`json_schema`: JSON of the schema in `json_schema` or `value`; `regex`: text that matches the regular "
             "expression in `value` as a whole; `text`: any text.",
             is_required=True,
@@ -42,6 +42,12 @@ GRAMMAR = ObjectSchema(
             inner=JSON_SCHEMA_FORMAT,
         ),
         Parameter("json_schema", Kind.OBJECT, "OpenAI's place for it.", inner=JSON_SCHEMA_FORMAT),
+        Parameter(
+            "schema",
+            Kind.ANY,
+            "Langchain's place for the schema of `json_object`.",
+            json={"type": ["object", "string", "null"]},
+        ),
     ),
 )
 
@@ -55,7 +61,8 @@ def read_grammar(fields: Fields | None) -> Grammar | None:
         case "text":
             return None
         case "json_object" | "json":
-            return Grammar.any_object() if value is None else _read_schema(fields, "value", value)
+            name, schema = ("schema", fields.any("schema")) if value is None else ("value", value)
+            return Grammar.any_object() if schema is None else _read_schema(fields, name, schema)
         case "json_schema":
             if named is None:
                 named = fields.child("value", value, JSON_SCHEMA_FORMAT)
