@@ -1,12 +1,10 @@
 """Turns a sequence's token ids into the text its client sees, and finds the stop strings in it."""
 
-from collections.abc import Iterable
-
 from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import RouterError
 from text_generation_router.sequence import Sequence
 from text_generation_router.stop_strings import StopStrings
-from text_generation_router.token_scores import TokenScore
+from text_generation_router.token_scores import TopTokens
 from text_generation_router.token_stream import FinishReason, TokenOutput, TokenStream
 from text_generation_router.tokenizer import Tokenizer
 
@@ -28,9 +26,7 @@ class SequenceOutput:
             StopStrings(request.stop_strings, request.keep_stop_string) if request.stop_strings else None
         )
 
-    def push(
-        self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: Iterable[TokenScore] = ()
-    ) -> None:
+    def push(self, token_id: int, logprob: float, reason: FinishReason | None, top_tokens: TopTokens = ()) -> None:
         """Take one token in, the last one if `reason` is given; a stop string sets `finish_reason` too."""
         is_special = token_id in self._special_texts
         if reason is FinishReason.STOP_SEQUENCE and not self.sequence.request.keep_stop_string:
@@ -54,7 +50,7 @@ class SequenceOutput:
         self._outputs.append(TokenOutput(token_id, logprob, text, is_special, top_tokens))
         self.finish_reason = reason
 
-    def _end_before(self, token_id: int, logprob: float, is_special: bool, top_tokens: Iterable[TokenScore]) -> None:
+    def _end_before(self, token_id: int, logprob: float, is_special: bool, top_tokens: TopTokens) -> None:
         """The text ends before a token of `stop_token_ids`."""
         text = self._detokenizer.flush()
         if self._stop_strings is not None:

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 # As long as a slice may keep the loop from results and requests.
 SLICE_NS = 1_000_000
-# What a client that does not read may leave in its stream before its generation ends: some 4 MB.
-MAX_UNREAD_TOKENS = 16_384
+# What a client that does not read may leave in its stream before its generation ends: 16 384 tokens, or fewer with
+# the best tokens at their places.
+MAX_UNREAD_BYTES = 4 << 20
 # Sequences between two looks at the clock.
 CHUNK_SIZE = 32
 
@@ -117,7 +118,7 @@ class Publisher:
                 logger.exception("The events of one sequence failed")
                 self._fail(output, InternalError())
                 continue
-            if output.stream.num_unread_tokens > MAX_UNREAD_TOKENS:
+            if output.stream.num_unread_bytes > MAX_UNREAD_BYTES:
                 self._fail(output, IncompleteGeneration(": the client does not read its answer"))
             elif output.finish_reason is not None:
                 self._scheduler.finish(output.sequence)

@@ -10,7 +10,6 @@ the step of its new owner.
 """
 
 from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -18,7 +17,7 @@ from text_generation_router.block_manager import BlockManager
 from text_generation_router.prefix_sharing import PrefixSharing
 from text_generation_router.sequence import Sequence, SequenceState
 from text_generation_router.step import NewSequence, StepPlan, StepResult
-from text_generation_router.token_scores import TokenScore
+from text_generation_router.token_scores import TopTokens
 from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
@@ -47,7 +46,7 @@ class Progress:
     logprob: float
     finish_reason: FinishReason | None
     failure: str | None = None
-    top_tokens: Iterable[TokenScore] = ()
+    top_tokens: TopTokens = ()
 
 
 class Scheduler:

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from text_generation_router.errors import RouterError
-from text_generation_router.token_scores import PromptScores, TokenScore
+from text_generation_router.token_scores import PromptScores, TopTokens
 
 
 class FinishReason(StrEnum):
@@ -31,8 +31,12 @@ class TokenOutput:
     logprob: float
     text: str
     is_special: bool
-    top_tokens: Iterable[TokenScore] = ()  # the most likely ones at its place, best first, if they were asked for
+    top_tokens: TopTokens = ()  # if they were asked for
 
+
+# What an output takes of memory, and each of its `top_tokens`: 200 to 250 bytes and 120 to 140, measured.
+OUTPUT_BYTES = 256
+TOP_TOKEN_BYTES = 128
 
 # Takes tokens at once and says so (True), or leaves them to the reader (False).
 TakeOutputs = Callable[[list[TokenOutput]], bool]
@@ -79,6 +83,7 @@ class TokenStream:
     num_preemptions: int = 0  # known once it has ended, like the next one
     num_recomputed_tokens: int = 0
     prefills: list[PrefillChunk] | None = None  # noted only for a request that is traced
+    num_unread_bytes: int = 0  # memory that waits for the reader
     _outputs: list[TokenOutput] = field(default_factory=list)
     _error: RouterError | None = None
     _wakeup: asyncio.Future[None] | None = None
@@ -106,7 +111,7 @@ class TokenStream:
             self.timings.first_token_ns = time.monotonic_ns()
         self.num_generated_tokens += len(outputs)
         if self._take is None or self._outputs or not self._take(outputs):
-            self._outputs += outputs
+            self._keep(outputs)
             self._wake()
 
     def finish(self, reason: FinishReason, outputs: list[TokenOutput]) -> None:
@@ -115,7 +120,7 @@ class TokenStream:
         if not self.num_generated_tokens:
             self.timings.first_token_ns = self.timings.finished_ns
         self.num_generated_tokens += len(outputs)
-        self._outputs += outputs
+        self._keep(outputs)
         self.finish_reason = reason
         self._wake()
 
@@ -124,6 +129,10 @@ class TokenStream:
         if not self.is_ended:
             self._error = error
             self._wake()
+
+    def _keep(self, outputs: list[TokenOutput]) -> None:
+        self._outputs += outputs
+        self.num_unread_bytes += sum(OUTPUT_BYTES + TOP_TOKEN_BYTES * len(output.top_tokens) for output in outputs)
 
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():
@@ -141,7 +150,7 @@ class TokenStream:
                 await self._wakeup
             finally:
                 self._wakeup = self._take = None
-        outputs, self._outputs = self._outputs, []
+        outputs, self._outputs, self.num_unread_bytes = self._outputs, [], 0
         if not outputs and self._error is not None:
             raise self._error
         return outputs

@@ -38,6 +38,7 @@ class OneAtATime:
 
     def __init__(self) -> None:
         self.is_frozen = False
+        self.num_top = 0
         self.joined: list[bytes] = []  # prompts, in the order in which they joined
         self._rows: list[int] = []
 
@@ -50,7 +51,8 @@ class OneAtATime:
         self.joined += [bytes(new.token_ids) for new in plan.new_sequences]
         ids = [] if plan.is_empty else list(self._rows)
         if not self.is_frozen:
-            result = StepResult(plan.step, ids, [ord("a")] * len(ids), [-0.5] * len(ids))
+            top_tokens = [[(ord("a"), -0.5)] * self.num_top for _ in ids] if self.num_top else None
+            result = StepResult(plan.step, ids, [ord("a")] * len(ids), [-0.5] * len(ids), top_tokens=top_tokens)
             asyncio.get_running_loop().call_later(0.001, self._on_result, result)
 
     async def close(self) -> None:
@@ -169,13 +171,16 @@ def test_tenants_take_turns_and_priority_orders_a_tenants_own(living):
     living(body)
 
 
-def test_a_client_that_does_not_read_costs_a_bounded_buffer(living, monkeypatch):
-    monkeypatch.setattr(publisher_module, "MAX_UNREAD_TOKENS", 5)
+@pytest.mark.parametrize(("num_top", "num_unread"), [(0, 6), (2, 3)])
+def test_a_client_that_does_not_read_costs_a_bounded_buffer(living, monkeypatch, num_top, num_unread):
+    """In which a token counts with the best ones at its place."""
+    monkeypatch.setattr(publisher_module, "MAX_UNREAD_BYTES", 5 * 256)
 
     async def body(life: Life) -> None:
+        life.shard.num_top = num_top
         stalled = life.submit(b"x", 200)
         assert await read_all(life.submit(b"y", 20)) == 20
-        assert stalled.num_unread_tokens == 6
+        assert stalled.num_unread_tokens == num_unread
         with pytest.raises(IncompleteGeneration, match="does not read"):
             await read_all(stalled)
 

@@ -84,3 +84,16 @@ def test_an_error_comes_after_the_tokens():
         assert reader.read == [0]
 
     asyncio.run(run())
+
+
+def test_memory_that_waits_for_the_reader_is_counted():
+    async def run():
+        stream = TokenStream(1)
+        stream.write([token(0), TokenOutput(1, -0.5, "1", False, [(1, -0.5), (2, -0.7), (3, -0.9)])])
+        assert stream.num_unread_bytes == 2 * 256 + 3 * 128
+        stream.finish(FinishReason.LENGTH, [token(2)])
+        assert stream.num_unread_bytes == 3 * 256 + 3 * 128
+        assert len(await stream.read()) == 3
+        assert stream.num_unread_bytes == 0
+
+    asyncio.run(run())
