@@ -12,14 +12,50 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Server
 
-PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 CURL = re.compile(r"^curl localhost:3000(\S+) -H 'content-type: application/json' -d '\n(.*)'$", re.MULTILINE)
-EXAMPLES = CURL.findall(PAGE.read_text())
+EXAMPLES = CURL.findall(PAGE)
+PATHS = re.findall(r"^curl localhost:3000(\S+)$", PAGE, re.MULTILINE)
+# What the demo model's template has no place for.
+OF_OTHER_MODELS = {"documents", "reasoning_effort", "chat_template_kwargs"}
 
 
-def test_every_route_with_a_body_has_an_example() -> None:
-    routes = set(re.findall(r"^### POST (\S+)", PAGE.read_text(), re.MULTILINE))
-    assert routes - {"/v1/responses", "/v1/embeddings"} == {path for path, _ in EXAMPLES}
+def routes(verb: str) -> set[str]:
+    return set(re.findall(rf"^### {verb} (\S+)", PAGE, re.MULTILINE))
+
+
+def parameters(name: str) -> set[str]:
+    """Those of an object of the page that are not refused."""
+    (table,) = re.findall(rf"^#### {name}$(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"^\| `(\w+)` \| (?!refused)", table, re.MULTILINE))
+
+
+def test_every_route_has_an_example() -> None:
+    assert routes("POST") - {"/v1/responses", "/v1/embeddings"} == {path for path, _ in EXAMPLES}
+    assert routes("GET") == set(PATHS)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/generate", "GenerateParameters"),
+        ("/v1/chat/completions", "ChatRequest"),
+        ("/v1/completions", "CompletionRequest"),
+    ],
+)
+def test_every_parameter_has_an_example(path: str, name: str) -> None:
+    shown: set[str] = set()
+    for other, body in EXAMPLES:
+        if other == path:
+            fields = json.loads(body)
+            shown |= fields.keys() | fields.get("parameters", {}).keys()
+    assert len(parameters(name)) > 15
+    assert parameters(name) - OF_OTHER_MODELS <= shown
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_path(exact: Server, path: str) -> None:
+    assert exact.get(path).status == 200
 
 
 @pytest.mark.parametrize(("path", "body"), EXAMPLES, ids=[f"{path} {body[:60]}" for path, body in EXAMPLES])

@@ -73,6 +73,8 @@ def _route(route: Route, ranges: Mapping[str, Range], shown: set[str]) -> Iterat
     if route.bodies:
         links = " or ".join(f"[{body.name}](#{body.name.lower()})" for body in route.bodies)
         yield f"\nBody: {links}."
+    if route.method == "GET":
+        yield f"\n```\ncurl localhost:3000{route.path}\n```"
     for example in route.examples:
         text = json.dumps(example, ensure_ascii=False)
         yield f"\n```\ncurl localhost:3000{route.path} -H 'content-type: application/json' -d '\n{text}'\n```"

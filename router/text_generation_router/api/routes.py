@@ -5,7 +5,7 @@ from typing import Any
 
 from aiohttp.typedefs import Handler
 
-from text_generation_router.api import live_page, service
+from text_generation_router.api import examples, live_page, service
 from text_generation_router.api.answer_schemas import reference
 from text_generation_router.api.chat import chat_completions
 from text_generation_router.api.chat_schema import CHAT_BODY
@@ -37,29 +37,10 @@ class Route:
     other_objects: tuple[ObjectSchema, ...] = ()
     is_open: bool = False  # without a key
     is_generating: bool = True  # whether it may be overloaded or fail in a step
-    # Bodies that the demo model answers well.
+    # Bodies, from examples.py.
     examples: tuple[dict[str, Any], ...] = ()
     is_offered: bool = True
     is_live_page: bool = False  # missing with --disable-ui
-
-
-_QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-_GENERATE_EXAMPLE = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8, "details": True}}
-_SAMPLED_EXAMPLE = {
-    "inputs": "Once upon a time",
-    "parameters": {
-        "max_new_tokens": 8,
-        "temperature": 0.7,
-        "top_k": 50,
-        "top_p": 0.95,
-        "seed": 42,
-        "stop": ["\n\n"],
-        "return_full_text": True,
-    },
-}
-_STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-_CHAT_EXAMPLE: dict[str, Any] = {"model": "tgi", "messages": _QUESTION, "max_tokens": 16, "temperature": 0}
-_COMPLETION_EXAMPLE: dict[str, Any] = {"model": "tgi", "prompt": "1, 2, 3,", "max_tokens": 8, "temperature": 0}
 
 
 def _events(*schemas: dict[str, Any], is_done_last: bool) -> dict[str, Any]:
@@ -91,7 +72,7 @@ ROUTES: tuple[Route, ...] = (
         "Continue a prompt; the whole answer at once.",
         {JSON: reference("GenerateResponse")},
         (GENERATE_BODY,),
-        examples=(_GENERATE_EXAMPLE, _SAMPLED_EXAMPLE),
+        examples=examples.GENERATE_EXAMPLES,
     ),
     Route(
         "POST",
@@ -100,7 +81,7 @@ ROUTES: tuple[Route, ...] = (
         "Continue a prompt; an event for each token. Errors are events too, behind a status of 200.",
         {EVENTS: _TOKEN_EVENTS},
         (GENERATE_BODY,),
-        examples=(_GENERATE_EXAMPLE,),
+        examples=(examples.GENERATE,),
     ),
     Route(
         "POST",
@@ -112,7 +93,7 @@ ROUTES: tuple[Route, ...] = (
             EVENTS: _TOKEN_EVENTS,
         },
         (COMPATIBLE_BODY,),
-        examples=(_GENERATE_EXAMPLE, {**_GENERATE_EXAMPLE, "stream": True}),
+        examples=(examples.GENERATE, {**examples.GENERATE, "stream": True}),
     ),
     Route(
         "POST",
@@ -121,11 +102,7 @@ ROUTES: tuple[Route, ...] = (
         "Answer a conversation, in OpenAI's dialect. A stream ends with `data: [DONE]`.",
         _openai("ChatCompletion", "ChatCompletionChunk"),
         (CHAT_BODY,),
-        examples=(
-            _CHAT_EXAMPLE,
-            {**_CHAT_EXAMPLE, **_STREAMED},
-            {**_CHAT_EXAMPLE, "logprobs": True, "stop": ".", "seed": 1, "user": "someone"},
-        ),
+        examples=examples.CHAT_EXAMPLES,
     ),
     Route(
         "POST",
@@ -134,11 +111,7 @@ ROUTES: tuple[Route, ...] = (
         "Continue prompts, in OpenAI's dialect. A stream ends with `data: [DONE]`.",
         _openai("Completion", "Completion"),
         (COMPLETIONS_BODY,),
-        examples=(
-            _COMPLETION_EXAMPLE,
-            {**_COMPLETION_EXAMPLE, "prompt": ["1, 2, 3,", "a, b, c,"]},
-            {**_COMPLETION_EXAMPLE, "prompt": [504, 3575], **_STREAMED},
-        ),
+        examples=examples.COMPLETION_EXAMPLES,
     ),
     Route(
         "POST",
@@ -148,7 +121,7 @@ ROUTES: tuple[Route, ...] = (
         {JSON: reference("TokenizeResponse")},
         (GENERATE_BODY,),
         is_generating=False,
-        examples=({"inputs": "Grüße aus Köln"},),
+        examples=(examples.TOKENIZE,),
     ),
     Route(
         "POST",
@@ -159,7 +132,7 @@ ROUTES: tuple[Route, ...] = (
         (CHAT_BODY,),
         is_open=True,
         is_generating=False,
-        examples=({"messages": _QUESTION},),
+        examples=(examples.CHAT_TOKENIZE,),
     ),
     Route(
         "POST",
@@ -180,7 +153,7 @@ ROUTES: tuple[Route, ...] = (
             ),
         },
         (COMPATIBLE_BODY, CHAT_BODY, COMPLETIONS_BODY),
-        examples=(_GENERATE_EXAMPLE, _CHAT_EXAMPLE, _COMPLETION_EXAMPLE),
+        examples=(examples.GENERATE, examples.CHAT, examples.COMPLETION),
     ),
     Route(
         "POST",
@@ -190,7 +163,7 @@ ROUTES: tuple[Route, ...] = (
         {JSON: reference("VertexResponse")},
         (VERTEX_BODY,),
         other_objects=(GENERATE_BODY, CHAT_INSTANCE),
-        examples=({"instances": [_GENERATE_EXAMPLE, {"messages": _QUESTION, "max_tokens": 8}]},),
+        examples=(examples.VERTEX,),
     ),
     _open("/", service.health, "Whether requests can be served: an empty 200, else 503.", {}),
     _open("/health", service.health, "The same.", {}),
