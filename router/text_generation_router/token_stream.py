@@ -138,18 +138,22 @@ class TokenStream:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    async def read(self, take: TakeOutputs | None = None) -> list[TokenOutput]:
-        """All tokens since the last read, waiting for the first; [] once the stream has ended well.
-
-        While this waits, tokens that are not the last are offered to `take`; those that it takes are read. Raises
-        the RouterError that ended the stream, once the tokens before it are read.
-        """
+    async def wait(self, take: TakeOutputs | None = None) -> None:
+        """Return once there are tokens to read, or no more to come; `take` as for `read`."""
         while not self._outputs and not self.is_ended:
             self._wakeup, self._take = asyncio.get_running_loop().create_future(), take
             try:
                 await self._wakeup
             finally:
                 self._wakeup = self._take = None
+
+    async def read(self, take: TakeOutputs | None = None) -> list[TokenOutput]:
+        """All tokens since the last read, waiting for the first; [] once the stream has ended well.
+
+        While this waits, tokens that are not the last are offered to `take`; those that it takes are read. Raises
+        the RouterError that ended the stream, once the tokens before it are read.
+        """
+        await self.wait(take)
         outputs, self._outputs, self.num_unread_bytes = self._outputs, [], 0
         if not outputs and self._error is not None:
             raise self._error

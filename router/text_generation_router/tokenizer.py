@@ -169,13 +169,12 @@ class Tokenizer:
         """A token's own text, special tokens included."""
         return self.vocabulary.token_text(token_id)
 
-    def pieces(self, token_ids: list[int]) -> list[str]:
+    def pieces(self, token_ids: list[int]) -> Iterator[str]:
         """The visible text that each of these tokens completes; all of them together are the tokens' text."""
         detokenizer = Detokenizer(self.vocabulary, [])
-        pieces = [detokenizer.push(token_id) for token_id in token_ids]
-        if pieces:
-            pieces[-1] += detokenizer.flush()
-        return pieces
+        for position, token_id in enumerate(token_ids, 1):
+            text = detokenizer.push(token_id)
+            yield text + detokenizer.flush() if position == len(token_ids) else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes, special tokens included; a character may be spread over several tokens."""

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -75,8 +75,8 @@ class FakeTokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in (BOS_TOKEN_ID, END_TOKEN_ID)
 
-    def pieces(self, token_ids: list[int]) -> list[str]:
-        return ["" if self.is_special(token_id) else chr(token_id) for token_id in token_ids]
+    def pieces(self, token_ids: list[int]) -> Iterator[str]:
+        return ("" if self.is_special(token_id) else chr(token_id) for token_id in token_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.token_text(token_id).encode()

@@ -2,9 +2,12 @@
 
 import asyncio
 import math
+import threading
+from collections import Counter
 
 import openai
 import pytest
+from text_generation_router.api import completion_text, responses
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -170,5 +173,91 @@ def test_tokens_that_look_alike_share_the_better_ones_place(serving, make_engine
             for logprob, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
                 assert top is None or max(top.values()) >= logprob
             assert math.isclose(choice.logprobs.top_logprobs[1]["?"], -1)
+
+    asyncio.run(run())
+
+
+# What is long must not keep the event loop from other streams.
+
+
+@pytest.mark.parametrize("prompt", ["abcdefghijklmnopqrstuvwxyz", [1, *range(97, 123)]])
+@pytest.mark.parametrize("max_tokens", [0, 8])
+def test_a_long_prompt_is_streamed_in_slices(serving, monkeypatch, openai_events_of, prompt, max_tokens):
+    """The loop has its turns between them; all of them together are the whole answer."""
+    monkeypatch.setattr(completion_text, "_SLICE_ENTRIES", 9)  # three tokens with two of the best
+    num_turns, turns_of_texts = 0, []
+
+    async def count_turns():
+        nonlocal num_turns
+        while True:
+            num_turns += 1
+            await asyncio.sleep(0)
+
+    async def run():
+        async with serving() as served:
+            body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+            async with served.client.post("/v1/completions", json=body) as response:
+                [whole] = (await response.json())["choices"]
+            text_of = served.context.tokenizer.token_text
+
+            def noted_text(token_id):
+                turns_of_texts.append(num_turns)
+                return text_of(token_id)
+
+            served.context.tokenizer.token_text = noted_text
+            turns = asyncio.create_task(count_turns())
+            async with served.client.post("/v1/completions", json=body | {"stream": True}) as response:
+                choices = [event["choices"][0] for event in await openai_events_of(response)]
+            turns.cancel()
+        assert len(choices) == 9 + (7 if max_tokens else 0)
+        assert [len(one["logprobs"]["tokens"]) for one in choices[:9]] == [3] * 9
+        for name, column in whole["logprobs"].items():
+            assert [value for one in choices for value in one["logprobs"][name]] == column, name
+        assert "".join(one["text"] for one in choices) == whole["text"]
+        assert [one["finish_reason"] for one in choices] == [None] * (len(choices) - 1) + [whole["finish_reason"]]
+        # 105 texts of the prompt; the last slice comes with all that was generated meanwhile.
+        assert max(Counter(turns_of_texts).values()) <= 40
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "config"),
+    [
+        ("/v1/completions", {"prompt": "xy", "echo": True, "logprobs": 2}, {}),
+        ("/v1/completions", {"prompt": "xy", "logprobs": 2}, {}),
+        ("/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 2}, {}),
+        ("/generate", {"inputs": "xy", "parameters": {"details": True, "top_n_tokens": 2}}, {}),
+        (
+            "/generate",
+            {"inputs": "xy", "parameters": {"decoder_input_details": True}},
+            {"enable_prefill_logprobs": True},
+        ),
+    ],
+)
+def test_long_answers_are_rendered_beside_the_event_loop(serving, monkeypatch, path, body, config, is_long):
+    threads = set()
+
+    async def run():
+        async with serving(**config) as served:
+            text_of = served.context.tokenizer.token_text
+
+            def noted_text(token_id):
+                threads.add(threading.current_thread())
+                return text_of(token_id)
+
+            served.context.tokenizer.token_text = noted_text
+            answers = []
+            for most in (1000, 9 if is_long else 1000):
+                threads.clear()
+                monkeypatch.setattr(responses, "MAX_ENTRIES_AT_ONCE", most)
+                async with served.client.post(path, json=body) as response:
+                    assert response.status == 200
+                    answer = await response.json()
+                answers.append({key: value for key, value in answer.items() if key not in ("id", "created")})
+            assert answers[0] == answers[1]
+            assert (threading.current_thread() in threads) != is_long
+            assert served.counts()["tgi_request_success"] == 2
 
     asyncio.run(run())

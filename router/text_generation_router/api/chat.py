@@ -1,7 +1,6 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -20,8 +19,8 @@ from text_generation_router.api.event_stream import EventStream
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers, together
 from text_generation_router.api.openai import AnswerHead, finish_reason, stream_until_done, usage
-from text_generation_router.api.responses import TextEvent, event, json_response
-from text_generation_router.api.runs import best_runs, read_runs, submit_runs
+from text_generation_router.api.responses import TextEvent, event, json_list, render, rendered_response
+from text_generation_router.api.runs import Run, best_runs, read_runs, submit_runs
 from text_generation_router.chat_output.deltas import (
     Answer,
     CallArguments,
@@ -147,14 +146,13 @@ class _Choice:
     def _logprobs(self, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         if not self._call.has_logprobs:
             return None
-        num_top = self._call.options.top_n_tokens or 0
-        content = []
-        for output in outputs:
-            body = self._token_body(output.token_id, output.logprob)
-            # A tie with the last is one more than these routes promise.
-            body["top_logprobs"] = [self._token_body(*score) for score in islice(output.top_tokens, num_top)]
-            content.append(body)
-        return {"content": content}
+        return {"content": json_list(map(self._scored_body, outputs))}
+
+    def _scored_body(self, output: TokenOutput) -> dict[str, Any]:
+        # A tie with the last is one more than these routes promise.
+        best = output.top_tokens[: self._call.options.top_n_tokens or 0]
+        body = self._token_body(output.token_id, output.logprob)
+        return {**body, "top_logprobs": [self._token_body(*score) for score in best]}
 
     def _token_body(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, own_bytes = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
@@ -188,10 +186,15 @@ class _Answer:
     async def whole(self) -> web.StreamResponse:
         """The answer as one object."""
         best = best_runs(await read_runs(self._generations))[: self._call.options.num_answers]
-        choices = [self._choice(index, run.generation).whole(run.outputs) for index, run in enumerate(best)]
+        num_entries = sum(len(run.outputs) for run in best) * (1 + (self._call.options.top_n_tokens or 0))
+        content = await render(lambda: self._whole_body(best), num_entries if self._call.has_logprobs else 0)
         self._record.succeed()
         headers = timing_headers(self._generations, self._record.context.compute_type, self._num_characters)
-        return json_response(self._head.body(choices, usage(self._generations)), headers)
+        return rendered_response(content, headers)
+
+    def _whole_body(self, best: Sequence[Run]) -> dict[str, Any]:
+        choices = [self._choice(index, run.generation).whole(run.outputs) for index, run in enumerate(best)]
+        return self._head.body(choices, usage(self._generations))
 
     async def stream(self) -> web.StreamResponse:
         """The answer as a chunk for each token; with a parser, for each part that tokens make known."""
@@ -208,7 +211,7 @@ class _Answer:
         choice = self._choice(index, generation)
         plain: TextEvent | None = None  # of a chunk that is not the first
 
-        def render(outputs: list[TokenOutput]) -> bytes:
+        def token_events(outputs: list[TokenOutput]) -> bytes:
             nonlocal plain
             is_end = generation.stream.finish_reason is not None
             if choice.is_plain and choice.is_begun and not is_end:
@@ -217,7 +220,7 @@ class _Answer:
                 return plain.render_all(outputs)
             return b"".join(event(self._head.body([chunk], None)) for chunk in choice.chunks(outputs, is_end))
 
-        await events.send_all(generation, render)
+        await events.send_all(generation, token_events)
 
 
 def _content_body(text: str) -> dict[str, Any]:

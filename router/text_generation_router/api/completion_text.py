@@ -1,13 +1,17 @@
 """The text of one completion as it comes, with its log-probabilities; where it is echoed, the prompt before it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 from text_generation_router.api.context import Tokenizer
+from text_generation_router.api.responses import json_list
 from text_generation_router.token_scores import PromptScores, TokenScore
 from text_generation_router.token_stream import TokenOutput
+
+# Tokens and the best ones at their places that are rendered in one go: a millisecond's work.
+_SLICE_ENTRIES = 1000
 
 
 @dataclass
@@ -29,10 +33,10 @@ class _Columns:
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """Several pieces as one."""
+    """Several pieces as one, whose columns are rendered."""
     logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
-    columns = {name: [value for one in logprobs for value in one[name]] for name in logprobs[0]} if logprobs else None
-    return Piece("".join(piece.text for piece in pieces), columns)
+    columns = {name: json_list(value for one in logprobs for value in one[name]) for name in vars(_Columns())}
+    return Piece("".join(piece.text for piece in pieces), columns if logprobs else None)
 
 
 class CompletionText:
@@ -43,15 +47,21 @@ class CompletionText:
         self._num_top = num_top
         self._offset = 0  # characters that came before
 
-    def prompt(self, prompt: str | list[int], token_ids: list[int], scores: PromptScores | None) -> Piece:
-        """The prompt, `token_ids` once it is encoded."""
-        columns = _Columns()
-        texts = self._tokenizer.pieces(token_ids) if scores is not None or not isinstance(prompt, str) else []
-        for token_id, text, score in zip(token_ids, texts, scores or [], strict=False):
-            self._add(columns, token_id, text, score.logprob if score else None, score.top_tokens if score else ())
-        text = prompt if isinstance(prompt, str) else "".join(texts)
-        self._offset = len(text)
-        return self._piece(text, columns)
+    def prompt(self, prompt: str | list[int], token_ids: list[int], scores: PromptScores | None) -> Iterator[Piece]:
+        """The prompt, `token_ids` once it is encoded, in slices; the first has all text of a prompt that is text."""
+        given = iter((prompt,)) if isinstance(prompt, str) else None
+        if given is not None and scores is None:
+            yield self._piece(next(given), _Columns())
+            return
+        rows = zip(token_ids, self._tokenizer.pieces(token_ids), scores or repeat(None), strict=False)
+        num_rows = max(_SLICE_ENTRIES // (1 + (self._num_top or 0)), 1)
+        while part := list(islice(rows, num_rows)):
+            columns = _Columns()
+            for token_id, text, score in part if self._num_top is not None else ():
+                self._add(columns, token_id, text, score.logprob if score else None, score.top_tokens if score else ())
+            yield self._piece("".join(text for _, text, _ in part) if given is None else next(given, ""), columns)
+        if isinstance(prompt, str):
+            self._offset = len(prompt)
 
     def generated(self, outputs: Iterable[TokenOutput]) -> Piece:
         """Some generated tokens."""

@@ -1,6 +1,6 @@
 """POST /v1/completions: one prompt or several, as text or token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from text_generation_router.api.openai import (
     usage,
 )
 from text_generation_router.api.openai_schema import COMPLETIONS_BODY
-from text_generation_router.api.responses import TextEvent, event, json_response
+from text_generation_router.api.responses import TextEvent, event, render, rendered_response
 from text_generation_router.api.runs import Run, best_runs, read_runs, submit_runs
 from text_generation_router.config import RouterConfig
 from text_generation_router.errors import BatchSizeExceeded
@@ -140,18 +140,30 @@ class _Answer:
 
     async def whole(self) -> web.StreamResponse:
         """The answer as one object, choices in the order of the prompts."""
-        call, choices = self._call, list[dict[str, Any]]()
         runs = await read_runs(self._generations)
-        for start in range(0, len(runs), call.options.num_runs):
-            for run in best_runs(runs[start : start + call.options.num_runs])[: call.options.num_answers]:
-                choices.append(self._whole_choice(len(choices), run))
+        content = await render(lambda: self._whole_body(runs), self._num_entries(runs))
         self._record.succeed()
-        headers = timing_headers(self._generations, self._record.context.compute_type, call.num_characters)
-        return json_response(self._head.body(choices, self._usage(self._generations)), headers)
+        headers = timing_headers(self._generations, self._record.context.compute_type, self._call.num_characters)
+        return rendered_response(content, headers)
+
+    def _num_entries(self, runs: list[Run]) -> int:
+        """Log-probabilities in the answer."""
+        call = self._call
+        if call.num_top_logprobs is None:
+            return 0
+        num_prompt_tokens = sum(one.stream.num_prompt_tokens for one in self._generations) if call.echo else 0
+        return (num_prompt_tokens + sum(len(run.outputs) for run in runs)) * (1 + call.num_top_logprobs)
+
+    def _whole_body(self, runs: list[Run]) -> dict[str, Any]:
+        options, choices = self._call.options, list[dict[str, Any]]()
+        for start in range(0, len(runs), options.num_runs):
+            for run in best_runs(runs[start : start + options.num_runs])[: options.num_answers]:
+                choices.append(self._whole_choice(len(choices), run))
+        return self._head.body(choices, self._usage(self._generations))
 
     def _whole_choice(self, index: int, run: Run) -> dict[str, Any]:
         text = CompletionText(self._record.context.tokenizer, self._call.num_top_logprobs)
-        pieces = [self._prompt(index, text, run.generation)] if self._call.echo else []
+        pieces = [*self._prompt(index, text, run.generation)] if self._call.echo else []
         if not self._call.is_prompt_only:
             pieces.append(text.generated(run.outputs))
         return self._choice(index, joined(pieces), self._finish_reason(run.generation))
@@ -160,7 +172,7 @@ class _Answer:
         """Of a prompt that is only told, the token that nobody sees ends nothing."""
         return "length" if self._call.is_prompt_only else finish_reason(generation)
 
-    def _prompt(self, index: int, text: CompletionText, generation: Generation) -> Piece:
+    def _prompt(self, index: int, text: CompletionText, generation: Generation) -> Iterator[Piece]:
         prompt = self._call.prompts[index // self._call.options.num_answers]
         return text.prompt(prompt, generation.request.token_ids, generation.first.stream.prompt_scores)
 
@@ -178,15 +190,20 @@ class _Answer:
         generation, call = self._generations[index], self._call
         text = CompletionText(self._record.context.tokenizer, call.num_top_logprobs)
         plain = TextEvent(lambda text: self._head.body([self._choice(index, Piece(text, None), None)], None))
-        is_begun = not call.echo
+        waiting: list[Piece] = []  # the prompt's last piece: it may also be the last of all
 
-        def render(outputs: list[TokenOutput]) -> bytes:
-            nonlocal is_begun
+        def prompt_events() -> Iterator[bytes]:
+            for piece in self._prompt(index, text, generation):
+                if waiting:
+                    yield event(self._head.body([self._choice(index, waiting.pop(), None)], None))
+                waiting.append(piece)
+
+        def token_events(outputs: list[TokenOutput]) -> bytes:
             is_end = generation.stream.finish_reason is not None
-            if is_begun and not is_end and call.num_top_logprobs is None:
+            if not waiting and not is_end and call.num_top_logprobs is None:
                 return plain.render_all(outputs)
-            pieces = [] if is_begun else [self._prompt(index, text, generation)]
-            is_begun = True
+            pieces = [*waiting]
+            waiting.clear()
             if not call.is_prompt_only:
                 pieces += [text.generated([output]) for output in outputs]
             bodies = [self._head.body([self._choice(index, piece, None)], None) for piece in pieces]
@@ -195,7 +212,7 @@ class _Answer:
                 bodies[-1]["usage"] = self._usage([generation])
             return b"".join(map(event, bodies))
 
-        await events.send_all(generation, render)
+        await events.send_all(generation, token_events, prompt_events() if call.echo else ())
 
     def _usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
         return usage(generations, self._call.is_prompt_only)

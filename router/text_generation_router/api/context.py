@@ -1,6 +1,6 @@
 """What every handler needs of the server, and what it asks of the engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,7 +68,7 @@ class Tokenizer(PromptEncoder, Protocol):
     def is_special(self, token_id: int) -> bool:
         """Whether a token is left out of visible text."""
 
-    def pieces(self, token_ids: list[int]) -> list[str]:
+    def pieces(self, token_ids: list[int]) -> Iterator[str]:
         """The visible text that each of these tokens completes."""
 
     def as_plain_text(self, value: Any) -> Any:

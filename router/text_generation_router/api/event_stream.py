@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 
 from aiohttp import web
@@ -51,12 +51,18 @@ class EventStream:
             self._num_writers -= 1
             self._last_sent_s = self._loop.time()
 
-    async def send_all(self, generation: Generation, render: Callable[[list[TokenOutput]], bytes]) -> None:
+    async def send_all(
+        self, generation: Generation, render: Callable[[list[TokenOutput]], bytes], before: Iterable[bytes] = ()
+    ) -> None:
         """Write the events of all tokens of a generation, as they come.
 
         `render` makes events of tokens, or none; when it meets the last, the generation has its finish reason.
+        `before` makes those that come before, once there is a token; between them those of other streams go on.
         """
 
+        for events in before if await generation.has_begun() else ():
+            await self.send(events)
+            await asyncio.sleep(0)
         outputs = await generation.read()
         while outputs and not (first := render(outputs)):
             outputs = await generation.read()

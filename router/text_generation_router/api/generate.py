@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import orjson
 from aiohttp import web
 
 from text_generation_router.api.body import read_body
@@ -15,7 +16,7 @@ from text_generation_router.api.generate_schema import COMPATIBLE_BODY, GENERATE
 from text_generation_router.api.generation import Generation, GenerationRequest, timing_headers
 from text_generation_router.api.grammars import read_grammar
 from text_generation_router.api.options import read_shared_options
-from text_generation_router.api.responses import event, json_response
+from text_generation_router.api.responses import event, json_list, render, rendered_response
 from text_generation_router.api.runs import Run, best_runs, read_runs, submit_runs
 from text_generation_router.errors import Overloaded, ShuttingDown
 from text_generation_router.generation_options import GenerationOptions
@@ -103,12 +104,28 @@ def read_call(
 
 
 async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) -> web.Response:
-    tokenizer = record.context.tokenizer
     record.context.validator.check_options(call.options)
     record.admit(call.options.num_runs)
     generations = submit_runs(record, await record.validate(call.inputs, call.options), call.options)
-    best, *others = best_runs(await read_runs(generations))
+    runs = best_runs(await read_runs(generations))
+
+    def body() -> Any:
+        whole = _whole_body(call, runs, record.context.tokenizer)
+        return [whole] if as_list else whole
+
+    content = await render(body, sum(map(_num_entries, runs)) if call.has_details else 0)
     record.succeed()
+    return rendered_response(content, timing_headers(generations, record.context.compute_type, len(call.inputs)))
+
+
+def _num_entries(run: Run) -> int:
+    """Log-probabilities in the details of a run."""
+    stream, options = run.generation.first.stream, run.generation.options
+    return len(stream.prompt_scores or ()) + len(run.outputs) * (1 + (options.top_n_tokens or 0))
+
+
+def _whole_body(call: GenerateCall, runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
+    best, *others = runs
     body: dict[str, Any] = {"generated_text": call.text_before + best.text}
     if call.has_details:
         body["details"] = _details(best, tokenizer)
@@ -116,8 +133,7 @@ async def _answer(record: GenerationRequest, call: GenerateCall, as_list: bool) 
             body["details"]["best_of_sequences"] = [
                 {"generated_text": call.text_before + run.text, **_details(run, tokenizer)} for run in others
             ]
-    headers = timing_headers(generations, record.context.compute_type, len(call.inputs))
-    return json_response([body] if as_list else body, headers)
+    return body
 
 
 def _details(run: Run, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -127,20 +143,20 @@ def _details(run: Run, tokenizer: Tokenizer) -> dict[str, Any]:
         "generated_tokens": generation.stream.num_generated_tokens,
         "seed": generation.seed,
         "prefill": _prefill_bodies(generation, tokenizer),
-        "tokens": [token_body(output, tokenizer) for output in outputs],
+        "tokens": json_list(token_body(output, tokenizer) for output in outputs),
     }
     if generation.options.top_n_tokens:
-        details["top_tokens"] = [top_bodies(output, tokenizer) for output in outputs]
+        details["top_tokens"] = json_list(top_bodies(output, tokenizer) for output in outputs)
     return details
 
 
-def _prefill_bodies(generation: Generation, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _prefill_bodies(generation: Generation, tokenizer: Tokenizer) -> orjson.Fragment:
     """The prompt's tokens, if they were asked for and are offered; the first has no log-probability."""
     scores = generation.first.stream.prompt_scores or []
-    return [
+    return json_list(
         {"id": token_id, "text": tokenizer.token_text(token_id), "logprob": None if score is None else score.logprob}
         for token_id, score in zip(generation.request.token_ids, scores, strict=False)
-    ]
+    )
 
 
 async def _stream(record: GenerationRequest, call: GenerateCall) -> web.StreamResponse:
@@ -155,7 +171,7 @@ async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: Ev
     generation = record.submit(await record.validate(call.inputs, call.options), call.options)
     pieces: list[str] = []
 
-    def render(outputs: list[TokenOutput]) -> bytes:
+    def token_events(outputs: list[TokenOutput]) -> bytes:
         has_top = bool(call.options.top_n_tokens)
         bodies = stream_bodies(outputs, len(pieces) + 1, record.context.tokenizer, has_top)
         pieces.extend(output.text for output in outputs)
@@ -164,7 +180,7 @@ async def _send_tokens(record: GenerationRequest, call: GenerateCall, events: Ev
             bodies[-1]["details"] = _stream_details(generation) if call.has_details else None
         return b"".join(map(event, bodies))
 
-    await events.send_all(generation, render)
+    await events.send_all(generation, token_events)
     record.succeed()
 
 

@@ -73,10 +73,21 @@ class Generation:
         While this waits, tokens that are not the last are offered to `take`.
         """
         outputs = await self.stream.read(take)
-        if outputs and not self._has_begun:
+        if outputs:
+            self._note_begun()
+        return outputs
+
+    async def has_begun(self) -> bool:
+        """Whether there is a first token, once that is known; it can still be read."""
+        await self.stream.wait()
+        if self.stream.num_generated_tokens:
+            self._note_begun()
+        return self._has_begun
+
+    def _note_begun(self) -> None:
+        if not self._has_begun:
             self._has_begun = True
             self._metrics.first_token_read((time.monotonic_ns() - self.timings.received_ns) / 1e9)
-        return outputs
 
     async def read_all(self) -> list[TokenOutput]:
         """All tokens, once the stream has ended."""

@@ -1,8 +1,10 @@
 """Answers: JSON bodies, errors in TGI's and OpenAI's shape, and the form of one server-sent event."""
 
+import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # Retry-After while draining: by then a balancer has found another server.
 DRAIN_RETRY_AFTER_S = 5
+# Work of a millisecond; a thread takes longer to begin and to end.
+MAX_ENTRIES_AT_ONCE = 1000
+_SLICE_ITEMS = 256
 # Stands for the text that varies; nothing else in an answer can be the same, because no client can guess it.
 _TEXT_MARK = f"text {secrets.token_hex(16)}"
 
@@ -32,6 +37,24 @@ def json_response(body: Any, headers: Mapping[str, str] | None = None, status: i
 def rendered_response(body: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> web.Response:
     """An answer that is JSON already."""
     return web.Response(body=body, status=status, headers=headers, content_type="application/json", charset=None)
+
+
+async def render(body: Callable[[], Any], num_entries: int) -> bytes:
+    """What `body` makes, as JSON: in a thread if it is long, so that the events of streams go on in between.
+
+    `num_entries` counts its tokens, and the best ones at the place of each.
+    """
+    if num_entries <= MAX_ENTRIES_AT_ONCE:
+        return orjson.dumps(body())
+    return await asyncio.to_thread(lambda: orjson.dumps(body()))
+
+
+def json_list(items: Iterable[Any]) -> orjson.Fragment:
+    """A list, rendered in slices: one call of the JSON library lets no other thread run."""
+    left, slices = iter(items), list[bytes]()
+    while part := list(islice(left, _SLICE_ITEMS)):
+        slices.append(orjson.dumps(part)[1:-1])
+    return orjson.Fragment(b"[%b]" % b",".join(slices))
 
 
 def is_openai_path(path: str) -> bool:
