@@ -213,6 +213,32 @@ def greedy(model: LlamaForCausalLM, tokens: list[int], count: int) -> tuple[list
     return chosen[len(tokens) :], logprobs
 
 
+SAMPLING: tuple[tuple[str, float], ...] = (
+    ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("typical_p", 1.0), ("seed", 0),
+)  # fmt: skip
+
+
+@torch.inference_mode()
+def sample_tokens(
+    model: LlamaForCausalLM,
+    tokens: list[int],
+    count: int,
+    allows: Callable[[list[int]], set[int]] | None = None,
+    **sampling: float,
+) -> tuple[list[int], list[float]]:
+    """Tokens chosen by the reference; among those that a grammar allows, until one ends the text."""
+    chosen, logprobs = list(tokens), []
+    columns = [torch.tensor([sampling.get(name, default)]) for name, default in SAMPLING]
+    while len(chosen) < len(tokens) + count and (allows is None or chosen[-1] != EOS):
+        logits = model(torch.tensor([chosen]), use_cache=False).logits[:, -1]
+        if allows is not None:
+            logits[:, list(set(range(96)) - allows(chosen[len(tokens) :]))] = float("-inf")
+        token, logprob = reference.sample(logits, *columns, torch.tensor([len(chosen)]))
+        chosen.append(int(token))
+        logprobs.append(float(logprob))
+    return chosen[len(tokens) :], logprobs
+
+
 @pytest.mark.parametrize("min_shared", [gpu_execution.MIN_SHARED_TOKENS, BLOCK_SIZE])
 def test_greedy_tokens_equal_transformers(
     min_shared: int,
@@ -279,15 +305,19 @@ def test_edges_of_the_ladders(
 
 
 def test_a_batch_that_grows_and_shrinks(start: Callable[[], Driver], transformers_model: LlamaForCausalLM) -> None:
-    """One sequence more in each step, then one fewer, so that steps take every recorded size and others between."""
+    """One sequence more in each step, then one fewer, so that steps take every recorded size and others between.
+
+    At random: a token that another row, or padding, left in a sequence's place would lead elsewhere.
+    """
     driver, prompts = start(), {number: prompt(number, number) for number in range(1, 7)}
+    how = {number: dict(temperature=1.5, seed=number, top_k=5) for number in prompts}
     for number, tokens in prompts.items():
-        driver.send([sequence(number, tokens, [number])], prefill={number: number})
+        driver.send([sequence(number, tokens, [number], **how[number])], prefill={number: number})
     for number in prompts:
         driver.send(removed=[number])  # with a token still to come
     driver.drain()
     for number, tokens in prompts.items():
-        assert driver.tokens[number] == greedy(transformers_model, tokens, 6)[0]
+        assert driver.tokens[number] == sample_tokens(transformers_model, tokens, 6, **how[number])[0]
 
 
 def test_nothing_is_written_but_to_slots_of_the_steps_tokens(start: Callable[[], Driver]) -> None:
@@ -354,28 +384,6 @@ def allowed(generated: list[int]) -> set[int]:
     return LETTERS | ({EOS} if generated and len(generated) % 3 == 0 else set())
 
 
-@torch.inference_mode()
-def constrained(
-    model: LlamaForCausalLM, tokens: list[int], count: int, **sampling: float
-) -> tuple[list[int], list[float]]:
-    """Tokens chosen among those that the grammar allows, until one ends the text."""
-    chosen, logprobs = list(tokens), []
-    columns = [torch.tensor([sampling.get(name, default)]) for name, default in SAMPLING]
-    while len(chosen) < len(tokens) + count and chosen[-1] != EOS:
-        logits = model(torch.tensor([chosen]), use_cache=False).logits[:, -1]
-        excluded = [token for token in range(96) if token not in allowed(chosen[len(tokens) :])]
-        logits[:, excluded] = float("-inf")
-        token, logprob = reference.sample(logits, *columns, torch.tensor([len(chosen)]))
-        chosen.append(int(token))
-        logprobs.append(float(logprob))
-    return chosen[len(tokens) :], logprobs
-
-
-SAMPLING: tuple[tuple[str, float], ...] = (
-    ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("typical_p", 1.0), ("seed", 0),
-)  # fmt: skip
-
-
 def test_grammars_hold_while_another_step_is_under_way(
     start: Callable[[], Driver], transformers_model: LlamaForCausalLM
 ) -> None:
@@ -400,7 +408,7 @@ def test_grammars_hold_while_another_step_is_under_way(
     assert driver.tokens[3] == expected
     assert driver.logprobs[3] == pytest.approx(logprobs, abs=1e-4)
     for number, tokens, count, parameters in ((1, first, 8, {}), (2, second, 7, sampled)):
-        expected, logprobs = constrained(transformers_model, tokens, count, **parameters)
+        expected, logprobs = sample_tokens(transformers_model, tokens, count, allowed, **parameters)
         assert driver.tokens[number][: len(expected)] == expected
         assert driver.logprobs[number][: len(expected)] == pytest.approx(logprobs, abs=1e-4)
 
