@@ -2,10 +2,11 @@
 
 A record is a row of int16 as wide as the vocabulary: twice the number of times a token counts, plus one if it stands
 in the prompt without counting. The host cannot know a row's last tokens when it sends the next step, so the record is
-brought up to date on the device, one kernel a step. Most sequences have no penalties, and a record of Llama-3.1's
-vocabulary is 256 KB: so memory is taken for 16 rows at a time, when one of them first needs a record, and reached
-through a table of addresses, which graphs can hold since it never moves. A list of (token, count) for each row would be
-smaller for a short sequence, but must be searched for each new token and is larger than this for a long one.
+brought up to date on the device, one kernel a step. Every row of the batch has one from the start, though few sequences
+have penalties: so the memory is there before that of keys and values is sized, and no sequence can fail for want of it.
+With Llama-3.1's vocabulary a record takes 256 KB, as two of the 8B model's tokens in the KV cache. A list of (token,
+count) for each row would be smaller for a short sequence, but must be searched for each new token and is larger than
+this for a long one.
 """
 
 import torch
@@ -14,7 +15,6 @@ import triton.language as tl
 
 from text_generation_kernels.dispatch import runs_kernel
 
-ROWS_PER_CHUNK = 16
 MAX_COUNT = (1 << 14) - 1
 # Repetition: logits of seen tokens are divided by it where positive, multiplied where negative. Frequency: taken away
 # for each time a token counts. Presence: taken away once from a token that counts. Share: taken away times the share
@@ -28,42 +28,12 @@ class TokenRecords:
     """Records of a batch's rows."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        num_chunks = triton.cdiv(num_rows, ROWS_PER_CHUNK)
-        self._chunks: list[torch.Tensor | None] = [None] * num_chunks
-        self._addresses = torch.zeros(num_chunks, dtype=torch.int64, device=device)
-
-    @property
-    def num_bytes(self) -> int:
-        """Device memory held."""
-        return sum(chunk.nbytes for chunk in self._chunks if chunk is not None)
-
-    def has_memory(self, row: int) -> bool:
-        """Whether the row's record can be started."""
-        return self._chunks[row // ROWS_PER_CHUNK] is not None
-
-    def allocate(self, row: int) -> None:
-        """Take memory for the records of the row and those around it; raises torch.OutOfMemoryError."""
-        shape = (ROWS_PER_CHUNK, self._vocab_size)
-        chunk = torch.zeros(shape, dtype=torch.int16, device=self._addresses.device)
-        self._chunks[row // ROWS_PER_CHUNK] = chunk
-        self._addresses[row // ROWS_PER_CHUNK] = chunk.data_ptr()
-
-    def release(self, row: int) -> None:
-        """Give back what `allocate` took."""
-        self._chunks[row // ROWS_PER_CHUNK] = None
-        self._addresses[row // ROWS_PER_CHUNK] = 0
+        # Nothing is read of a row before `start`; so on a CPU a row takes no memory before.
+        self._records = torch.empty(num_rows, vocab_size, dtype=torch.int16, device=device)
 
     def start(self, row: int, token_ids: torch.Tensor, values: torch.Tensor) -> None:
         """Begin a row's record with these tokens."""  # [n] int64, [n] int16
-        record = self._record(row)
-        record.zero_()
-        record.index_copy_(0, token_ids, values)
-
-    def _record(self, row: int) -> torch.Tensor:
-        chunk = self._chunks[row // ROWS_PER_CHUNK]
-        assert chunk is not None, "a record is started before it is used"
-        return chunk[row % ROWS_PER_CHUNK]
+        self._records[row].zero_().index_copy_(0, token_ids, values)
 
     def penalize(
         self,
@@ -76,19 +46,19 @@ class TokenRecords:
         num_samples, vocab_size = logits.shape
         assert logits.dtype == torch.float32
         assert logits.stride(1) == 1
-        assert vocab_size == self._vocab_size
+        assert vocab_size == self._records.shape[1]
         if runs_kernel(logits):
             if num_samples:
                 penalize_kernel[(triton.cdiv(vocab_size, _BLOCK), num_samples)](
-                    logits, rows, positions, penalties, self._addresses, logits.stride(0), vocab_size,
-                    ROWS_PER_CHUNK=ROWS_PER_CHUNK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
+                    logits, rows, positions, penalties, self._records, logits.stride(0), vocab_size, BLOCK=_BLOCK,
+                    num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
             return
         for sample in self._with_penalties(rows, penalties):
             row = int(rows[sample])
             repetition, frequency, presence, share = penalties[row].tolist()
-            seen = self._record(row).nonzero().squeeze(1)
-            counts = self._record(row)[seen] >> 1
+            seen = self._records[row].nonzero().squeeze(1)
+            counts = self._records[row, seen] >> 1
             scores = logits[sample, seen]
             scores = torch.where(scores > 0, scores / repetition, scores * repetition)
             scores -= counts * (frequency + share / int(positions[sample])) + (counts > 0) * presence
@@ -99,13 +69,12 @@ class TokenRecords:
         if runs_kernel(tokens):
             if len(tokens):
                 count_kernel[(triton.cdiv(len(tokens), _COUNT_BLOCK),)](
-                    tokens, rows, penalties, self._addresses, len(tokens), self._vocab_size,
-                    ROWS_PER_CHUNK=ROWS_PER_CHUNK, MAX_COUNT=MAX_COUNT, BLOCK=_COUNT_BLOCK, num_warps=4,
-                    enable_fp_fusion=False,
+                    tokens, rows, penalties, self._records, len(tokens), self._records.shape[1],
+                    MAX_COUNT=MAX_COUNT, BLOCK=_COUNT_BLOCK, num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
             return
         for sample in self._with_penalties(rows, penalties):
-            record, token = self._record(int(rows[sample])), int(tokens[sample])
+            record, token = self._records[int(rows[sample])], int(tokens[sample])
             if record[token] >> 1 < MAX_COUNT:
                 record[token] += 2
 
@@ -128,8 +97,7 @@ def _load_penalties(penalties, rows, mask):
 
 @triton.jit
 def penalize_kernel(
-    logits, rows, positions, penalties, addresses, row_stride, vocab_size,
-    ROWS_PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    logits, rows, positions, penalties, records, row_stride, vocab_size, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's logits; a row without penalties leaves at once."""
     sample = tl.program_id(1).to(tl.int64)
@@ -137,11 +105,9 @@ def penalize_kernel(
     repetition, frequency, presence, share, has_any = _load_penalties(penalties, row, True)
     if not has_any:
         return
-    chunk = tl.load(addresses + row // ROWS_PER_CHUNK).to(tl.pointer_type(tl.int16))
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < vocab_size
-    place = (row % ROWS_PER_CHUNK).to(tl.int64) * vocab_size
-    value = tl.load(chunk + place + columns, mask, other=0)
+    value = tl.load(records + row.to(tl.int64) * vocab_size + columns, mask, other=0)
     count = value >> 1
     x = tl.load(logits + sample * row_stride + columns, mask, other=0.0)
     x = tl.where(value != 0, tl.where(x > 0, x / repetition, x * repetition), x)
@@ -152,15 +118,13 @@ def penalize_kernel(
 
 @triton.jit(do_not_specialize=["num_samples"])
 def count_kernel(
-    tokens, rows, penalties, addresses, num_samples, vocab_size,
-    ROWS_PER_CHUNK: tl.constexpr, MAX_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, rows, penalties, records, num_samples, vocab_size, MAX_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     samples = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = samples < num_samples
     row = tl.load(rows + samples, mask, other=0)
     _, _, _, _, has_any = _load_penalties(penalties, row, mask)
     mask = mask & has_any
-    chunk = tl.load(addresses + row // ROWS_PER_CHUNK, mask, other=0).to(tl.pointer_type(tl.int16))
-    places = chunk + (row % ROWS_PER_CHUNK).to(tl.int64) * vocab_size + tl.load(tokens + samples, mask, other=0)
+    places = records + row.to(tl.int64) * vocab_size + tl.load(tokens + samples, mask, other=0)
     value = tl.load(places, mask, other=0)
     tl.store(places, value + 2, mask & ((value >> 1) < MAX_COUNT))

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from text_generation_kernels.sampling import Sampled, SamplingParameters, choose_best, final_logprobs, sample
 
-from text_generation_shard import distributed
 from text_generation_shard.changed_logits import ChangedLogits, Watermark
 from text_generation_shard.sampling_columns import MAX_TOP_N_TOKENS, RowChange, SamplingColumns
 from text_generation_shard.step import TopTokens
@@ -58,11 +57,11 @@ class ChangedHead:
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device, watermark: Watermark) -> None:
         self._device = device
-        self._changed = ChangedLogits(num_rows, vocab_size, device, watermark, distributed.all_reduce_min)
+        self._changed = ChangedLogits(num_rows, vocab_size, device, watermark)
 
-    def update(self, row_changes: list[RowChange]) -> dict[int, str]:
+    def update(self, row_changes: list[RowChange]) -> None:
         """See ChangedLogits."""
-        return self._changed.update(row_changes)
+        self._changed.update(row_changes)
 
     def run_worst_case(
         self,

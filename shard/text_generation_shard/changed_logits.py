@@ -4,7 +4,7 @@ A sequence's share is sent when it takes its row, and stays there: no step sends
 since then change is kept up to date on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,6 @@ from text_generation_shard.sampling_columns import RowChange
 from text_generation_shard.step import LogitsChanges, NewSequence
 from text_generation_shard.step_buffers import Array, to_device
 from text_generation_shard.step_inputs import BoolArray, Int64Array
-
-NO_MEMORY = "there is no memory left for the record of this sequence's tokens, which its penalties need"
-
 
 DEFAULT_GAMMA, DEFAULT_DELTA = 0.5, 2.0
 
@@ -43,19 +40,10 @@ DEFAULT_WATERMARK = Watermark()
 class ChangedLogits:
     """The device's part of `LogitsChanges`, for each row of the batch."""
 
-    def __init__(
-        self,
-        num_rows: int,
-        vocab_size: int,
-        device: torch.device,
-        watermark: Watermark,
-        agree: Callable[[int], int] = lambda value: value,
-    ) -> None:
-        """`agree`: the smallest of all ranks' values, where each rank has such an object."""
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device, watermark: Watermark) -> None:
         self._device = device
         self._vocab_size = vocab_size
         self._watermark = watermark
-        self._agree = agree
         self._records = TokenRecords(num_rows, vocab_size, device)
         self._biases = LogitBias(num_rows, device)
         # The last row is that of padding.
@@ -63,15 +51,13 @@ class ChangedLogits:
         self._has_penalties = np.zeros(num_rows, np.bool_)
         self._has_biases = np.zeros(num_rows, np.bool_)
 
-    def update(self, row_changes: Sequence[RowChange]) -> dict[int, str]:
-        """Take in which sequences took and left rows, in order; answers those that must fail, and why."""
-        failures = {}
+    def update(self, row_changes: Sequence[RowChange]) -> None:
+        """Take in which sequences took and left rows, in order."""
         for row, sequence in row_changes:
             if sequence is None:
                 self._clear(row)
-            elif not self._set(row, sequence):
-                failures[sequence.sequence_id] = NO_MEMORY
-        return failures
+            else:
+                self._set(row, sequence)
 
     def _clear(self, row: int) -> None:
         if self._has_penalties[row]:
@@ -80,7 +66,7 @@ class ChangedLogits:
             self._biases.clear(row)
         self._has_penalties[row] = self._has_biases[row] = False
 
-    def _set(self, row: int, sequence: NewSequence) -> bool:
+    def _set(self, row: int, sequence: NewSequence) -> None:
         changes = sequence.changes
         assert changes is not None
         if changes.has_biases:
@@ -88,8 +74,6 @@ class ChangedLogits:
             token_ids, values, bounds = _bias_entries(changes, sequence.num_prompt_tokens)
             self._biases.set(row, *(to_device(column, self._device) for column in (token_ids, values, bounds)))
         if changes.has_penalties:
-            if not self._has_memory(row):
-                return False
             self._has_penalties[row] = True
             penalties = (
                 changes.repetition_penalty, changes.frequency_penalty, changes.presence_penalty, changes.share_penalty
@@ -97,21 +81,6 @@ class ChangedLogits:
             self._penalties[row] = to_device(np.array(penalties, np.float32), self._device)
             token_ids, values = _seen_tokens(sequence, changes.share_penalty != 0.0, self._vocab_size)
             self._records.start(row, to_device(token_ids, self._device), to_device(values, self._device))
-        return True
-
-    def _has_memory(self, row: int) -> bool:
-        """Whether there is a record for the row, on every rank; they ask each other for each new piece of memory."""
-        if self._records.has_memory(row):
-            return True
-        try:
-            self._records.allocate(row)
-            has_memory = 1
-        except torch.OutOfMemoryError:
-            has_memory = 0
-        if self._agree(has_memory):
-            return True
-        self._records.release(row)  # where it was allocated: ranks must agree on what they have
-        return False
 
     def apply(
         self,

@@ -80,10 +80,11 @@ class CpuExecution:
     def _changed_logits(self, limits: BatchLimits) -> ChangedLogits:
         return ChangedLogits(limits.max_num_sequences, limits.vocab_size, torch.device("cpu"), self._watermark)
 
-    def update_rows(self, batch: InputBatch) -> dict[int, str]:
+    def update_rows(self, batch: InputBatch) -> None:
         """Rank 0 alone chooses tokens."""
         row_changes = batch.sampling.take_row_changes()
-        return self._changed.update(row_changes) if distributed.rank() == 0 else {}
+        if distributed.rank() == 0:
+            self._changed.update(row_changes)
 
     def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> FinishedStep:
         """Run a step; the step before it has ended, so its masks are there or being made."""

@@ -74,8 +74,8 @@ class Execution(Protocol):
         """Get ready for steps within the limits on these caches; called once."""
         ...
 
-    def update_rows(self, batch: InputBatch) -> dict[int, str]:
-        """Take in what the batch says of rows that change logits; answers the sequences that must fail, and why."""
+    def update_rows(self, batch: InputBatch) -> None:
+        """Take in what the batch says of rows that change logits."""
         ...
 
     def launch(self, inputs: StepInputs, batch: InputBatch, masks: StepMasks | None) -> RunningStep:

@@ -225,9 +225,9 @@ class GpuExecution:
             step.choose_tokens()
         return step
 
-    def update_rows(self, batch: InputBatch) -> dict[int, str]:
+    def update_rows(self, batch: InputBatch) -> None:
         """In stream order: steps that were launched before see the rows as they were."""
-        return self._changed_head.update(batch.sampling.take_row_changes())
+        self._changed_head.update(batch.sampling.take_row_changes())
 
     def _launch_head(
         self,

@@ -68,10 +68,6 @@ class InputBatch:
         self._grow(plan)
         return failures
 
-    def fail(self, sequence_id: int) -> None:
-        """A sequence has failed: nothing more is said of it, but others may share what its row computes."""
-        self._failed_ids.add(sequence_id)
-
     def prepare(self, plan: StepPlan) -> StepInputs | None:
         """Lay out the step; None when no sequence computes anything."""
         query_lengths = self._query_lengths(plan)

@@ -149,9 +149,7 @@ class ModelRunner:
         failures = batch.apply(plan)
         self._follow_grammars(plan, failures)
         if batch.sampling.has_row_changes:
-            for sequence_id, reason in self._execution.update_rows(batch).items():
-                batch.fail(sequence_id)
-                failures[sequence_id] = reason
+            self._execution.update_rows(batch)
         inputs = batch.prepare(plan)
         if inputs is None:
             self._progress.start(plan.step, 0, 0)

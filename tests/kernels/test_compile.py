@@ -197,8 +197,7 @@ def logits_cases(data: str) -> list[CompiledKernel]:
     if data != "*bf16":
         return []
     sample = {"logits": "*fp32", "rows": "*i32", "positions": "*i64", "row_stride": "i32"}
-    records = {"penalties": "*fp32", "addresses": "*i64", "vocab_size": "i32"}
-    chunk: dict[str, object] = {"ROWS_PER_CHUNK": token_records.ROWS_PER_CHUNK}
+    records = {"penalties": "*fp32", "records": "*i16", "vocab_size": "i32"}
     entries = {"token_ids": "*i32", "values": "*fp32", "bounds": "*i32"}
     counted = {"tokens": "*i64", "rows": "*i32", "num_samples": "i32"} | records
     swaps = {"previous": "*i64", "state": "*i32", "keys": "*i64", "vocab_size": "i32", "num_green": "i32"}
@@ -208,9 +207,9 @@ def logits_cases(data: str) -> list[CompiledKernel]:
     twister = bits | {"HASH_KEY": green_list.HASH_KEY, "STATE_SIZE": 624}
     four, eight = ({"num_warps": count, "enable_fp_fusion": False} for count in (4, 8))
     return [
-        CompiledKernel(token_records.penalize_kernel, four, sample | records, chunk | {"BLOCK": 2048}),
+        CompiledKernel(token_records.penalize_kernel, four, sample | records, {"BLOCK": 2048}),
         CompiledKernel(
-            token_records.count_kernel, four, counted, chunk | {"BLOCK": 256, "MAX_COUNT": token_records.MAX_COUNT},
+            token_records.count_kernel, four, counted, {"BLOCK": 256, "MAX_COUNT": token_records.MAX_COUNT},
             unaligned=("num_samples",), has_wide_loads=False,
         ),
         CompiledKernel(

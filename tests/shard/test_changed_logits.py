@@ -1,9 +1,12 @@
-"""Records of tokens that ranks must agree on: all have one, or none has."""
+"""What changes logits, on the device: its memory is there from the start, where warm-up counts it."""
 
 import numpy as np
+import pytest
 import torch
-from text_generation_shard.changed_logits import NO_MEMORY, ChangedLogits, Watermark
+from text_generation_shard.changed_logits import ChangedLogits, Watermark
 from text_generation_shard.step import LogitsChanges, NewSequence
+
+NUM_ROWS = 40
 
 
 def penalized(sequence_id: int) -> NewSequence:
@@ -11,22 +14,20 @@ def penalized(sequence_id: int) -> NewSequence:
     return NewSequence(sequence_id, tokens, 2, 0, np.array([0], np.int32), changes=LogitsChanges(presence_penalty=1.0))
 
 
-def test_a_rank_that_alone_has_memory_gives_it_back_and_asks_again() -> None:
-    answers, asked = [0, 1], []
+def test_every_row_may_have_penalties_when_no_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = ChangedLogits(NUM_ROWS, 10, torch.device("cpu"), Watermark())
+    logits = torch.zeros(NUM_ROWS, 10)
 
-    def agree(value: int) -> int:
-        asked.append(value)
-        return min(value, answers[len(asked) - 1])
+    def take(*shape: int, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("nothing is left")
 
-    changed = ChangedLogits(4, 10, torch.device("cpu"), Watermark(), agree)
-    assert changed.update([(0, penalized(7))]) == {7: NO_MEMORY}
-    assert changed.update([(0, None), (0, penalized(8))]) == {}
-    assert asked == [1, 1], "each new piece of memory takes all ranks"
-    logits = torch.zeros(1, 10)
-    rows, positions = torch.tensor([0], dtype=torch.int32), torch.tensor([2])
-    changed.count(torch.tensor([5]), np.array([0]), rows)
-    done = changed.apply(logits, np.array([0]), np.array([False]), rows, positions, torch.tensor([4]))
-    assert done[0].nonzero().flatten().tolist() == [5]
-    # The row is there already: nobody asks.
-    assert changed.update([(0, None), (1, penalized(9))]) == {}
-    assert asked == [1, 1]
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, take)
+    changed.update([(row, penalized(row)) for row in range(NUM_ROWS)])
+    rows, batch_rows = torch.arange(NUM_ROWS, dtype=torch.int32), np.arange(NUM_ROWS)
+    chosen = torch.arange(NUM_ROWS) % 10
+    changed.count(chosen, batch_rows, rows)
+    positions, previous = torch.full((NUM_ROWS,), 3), torch.full((NUM_ROWS,), 4)
+    done = changed.apply(logits, batch_rows, np.zeros(NUM_ROWS, np.bool_), rows, positions, previous)
+    # Of what each row has generated, not of its prompt.
+    assert [row.nonzero().flatten().tolist() for row in done] == [[token] for token in chosen.tolist()]

@@ -46,8 +46,6 @@ def penalties_case(bench: Bench, num_rows: int, vocab_size: int, is_changed: boo
         penalties = torch.tensor(values, device=bench.device).repeat(num_rows + 1, 1)
         seen = torch.arange(0, 400, 2, device=bench.device)
         for row in range(num_rows):
-            if not records.has_memory(row):
-                records.allocate(row)
             records.start(row, seen, torch.full_like(seen, 2, dtype=torch.int16))
         return lambda: records.penalize(logits, rows, positions, penalties)
 
