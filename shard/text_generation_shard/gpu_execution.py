@@ -49,10 +49,11 @@ MAX_TABLE_CHANGES = 1024
 NO_SLOT = -1
 NO_TOKEN = -1
 
-Kind = Literal["decode", "mixed"]
-KINDS: tuple[Kind, ...] = ("decode", "mixed")
+# "short": a few tokens of each sequence, as where all of them decode, and in all no more than there may be sequences.
+Kind = Literal["short", "mixed"]
+KINDS: tuple[Kind, ...] = ("short", "mixed")
 # Mixed steps of few tokens are rare: one recording serves them all.
-LEAST_SIZES = {"decode": 1, "mixed": 16}
+LEAST_SIZES = {"short": 1, "mixed": 16}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _buffers(
         "positions": (np.int32, num_tokens),
         "slots": (np.int32, num_tokens),
     }
-    # The plans of mixed steps come last: a decode step is sent without them.
+    # The plans of mixed steps come last: a step of short queries is sent without them.
     for kind in KINDS:
         columns |= {_plan_name(kind, window): (np.int32, layouts[kind].size) for window in set(model.sliding_windows)}
     return StepBuffers(columns, device)
@@ -165,7 +166,7 @@ class GpuExecution:
 
     def _allocate(self, limits: BatchLimits) -> None:
         device, num_rows = self._device, limits.max_num_sequences
-        max_tokens: dict[Kind, int] = {"decode": num_rows, "mixed": max(limits.max_step_tokens, num_rows)}
+        max_tokens: dict[Kind, int] = {"short": num_rows, "mixed": max(limits.max_step_tokens, num_rows)}
         layouts = {
             kind: attention_layout(self._model.shape, device, max_tokens[kind], num_rows, kind == "mixed")
             for kind in KINDS
@@ -265,7 +266,7 @@ class GpuExecution:
     def _kind(self, inputs: StepInputs, has_groups: bool) -> Kind:
         if has_groups or inputs.max_query_length > MAX_NARROW_QUERY:
             return "mixed"
-        return "decode" if inputs.num_tokens <= self._kinds["decode"].layout.max_tokens else "mixed"
+        return "short" if inputs.num_tokens <= self._kinds["short"].layout.max_tokens else "mixed"
 
     def _send(self, turn: int, host: dict[str, Array], batch: InputBatch, kind: Kind) -> None:
         """Copy what was filled to the device, and bring the block tables there up to date."""
@@ -273,7 +274,7 @@ class GpuExecution:
         count = min(len(places), MAX_TABLE_CHANGES)
         host["changed_places"][:count] = places[:count]
         host["changed_blocks"][:count] = blocks[:count]
-        self._buffers.send(turn, until=self._first_mixed_column if kind == "decode" else None)
+        self._buffers.send(turn, until=self._first_mixed_column if kind == "short" else None)
         tables = self._block_tables.view(-1)
         if count:
             changed = self._buffers.device
