@@ -30,6 +30,8 @@ def find_shared_prefixes(
     # The block of the newest token is a sequence's own: it is still written to.
     num_full = np.maximum(sequence_lengths - 1, 0) // block_size
     candidates = ((query_lengths == 1) & (num_full >= least)).nonzero()[0]
+    if len(candidates) < 2:
+        return []
     blocks = block_tables[candidates, least - 1]
     in_order = np.sort(blocks)
     if not (in_order[1:] == in_order[:-1]).any():  # as in most steps

@@ -215,3 +215,8 @@ def test_the_block_being_written_is_never_shared() -> None:
     tables = np.array([[1, 2, 3], [1, 2, 3]])
     groups = find_shared_prefixes(tables, np.array([1, 1]), np.array([32, 33]), 16, 16)
     assert [group.length for group in groups] == [16]
+
+
+def test_tables_narrower_than_the_shortest_prefix_share_nothing() -> None:
+    tables = np.array([[3], [3]], np.int32)
+    assert find_shared_prefixes(tables, np.array([1, 1]), np.array([9, 16]), 16, 32) == []

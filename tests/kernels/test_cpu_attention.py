@@ -10,7 +10,7 @@ from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attentio
 BLOCK_SIZE, NUM_KV_HEADS, GROUP, HEAD_DIM = 4, 2, 3, 8
 NUM_HEADS = NUM_KV_HEADS * GROUP
 SCALE = 0.3
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # absolute and relative
 
 
 class Sequences:
@@ -95,8 +95,10 @@ def test_steps_of_every_kind(dtype: torch.dtype, window: int | None, rotary_dim:
         for row, part in zip(step, parts, strict=True):
             outputs[row].append(part)
     for row, parts in enumerate(outputs):
-        difference = torch.cat(parts).double() - sequences.expected(row, window, has_norms)
-        assert difference.abs().max() < TOLERANCE[dtype], f"row {row}"
+        expected = sequences.expected(row, window, has_norms)
+        torch.testing.assert_close(
+            torch.cat(parts).double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], msg=f"row {row}"
+        )
 
 
 def test_slots_of_others_stay_as_they_are() -> None:
