@@ -46,6 +46,7 @@ class Tile:
     min_key_tiles: int = 1  # a unit is not cut finer than this while there are workers to spare
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # of a thread; None: as many as the compiler likes
 
 
 Section = tuple[int, tuple[int, ...]]  # offset in the buffer, shape

@@ -64,4 +64,5 @@ def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.de
         min_key_tiles=settings["MIN_KEY_TILES"],
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
+        max_registers=settings.get("maxnreg"),
     )

@@ -64,24 +64,25 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("skinny_matmul_gated", "h200"): LARGE_PRODUCT,
     # CTAS_PER_SM says how many programs of the kernel fit on a multiprocessor, by registers and shared memory. d64,
     # d128, d256: the head size, rounded up to a power of two. Loads go through block ids, so that of n stages n // 2
-    # hold keys and values in flight.
+    # hold keys and values in flight. maxnreg: the registers that so many programs leave each thread. Without it the
+    # compiler aims for more programs on some GPUs and puts a few registers into memory for them.
     ("attention_narrow/d64", "default"): {
-        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d128", "default"): {
-        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 3,
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d256", "default"): {
-        "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d64", "a100"): {
-        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
     },
     ("attention_narrow/d128", "a100"): {
-        "KEYS": 32, "CTAS_PER_SM": 3, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
     },
     ("attention_narrow/d256", "a100"): {
-        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
+        "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d64", "h100"): {
         "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
@@ -108,7 +109,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "default"): {
-        "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,
+        "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3, "maxnreg": 255,
     },
     ("attention_wide/d128", "h100"): {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
@@ -117,7 +118,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "a100"): {
-        "ROWS": 128, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3, "maxnreg": 255,
     },
     ("attention_wide/d256", "default"): {
         "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,

@@ -117,7 +117,7 @@ def _launch_items(
         BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
         HAS_WINDOW=sliding_window > 0, HAS_SOFT_CAP=soft_cap > 0, SPLIT_MASK=name == "wide",
         MERGES=merges, WIDEN=INTERPRETS, **(early_launch(query.device) if merges else {"EARLY": False}),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
     )  # fmt: skip
 
 
