@@ -142,6 +142,15 @@ def test_ranks_of_a_group_have_their_share_of_heads_and_the_whole_vocabulary() -
     assert {sizes[1] for sizes in constants(half, "attention_items_kernel")} == {1}
 
 
+def test_attention_is_launched_as_the_table_says() -> None:
+    found = variants(parse("llama"), 1, torch.bfloat16, A100)
+    launched = [json.loads(one.specialization)["options"] for one in found if one.name == "attention_items_kernel"]
+    names = ("num_warps", "num_stages", "maxnreg")
+    entries = [launch_settings.settings_of_class(f"attention_{form}", "a100", "d64") for form in ("narrow", "wide")]
+    wanted = {tuple(entry.get(name) for name in names) for entry in entries}
+    assert {tuple(options[name] for name in names) for options in launched} == wanted
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # fork: the child only compiles
 def test_launches_find_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Triton's own way from arguments to files: nothing is compiled a second time."""
