@@ -137,11 +137,13 @@ class Server:
             grace_s = self._context.config.graceful_termination_timeout_s
         logger.info("Draining: %d requests have up to %g s to end", permits.num_taken, grace_s)
         permits.close()
+        self._context.tokenize_permits.close()
         engine.start_drain()
-        if not await permits.all_back(grace_s):
+        if not all(await asyncio.gather(permits.all_back(grace_s), self._context.tokenize_permits.all_back(grace_s))):
             logger.warning("%d requests are ended before they are done, after %g s", permits.num_taken, grace_s)
         engine.end_all()
         await permits.all_back(_LAST_WRITES_S)
+        self._context.tokenize_thread.shutdown(wait=False, cancel_futures=True)
         for listening in self._sockets:
             listening.close()
         for runner in self._runners:

@@ -2,7 +2,7 @@
 
 A plan sent the moment there is room for it waits behind the running step, and a request that arrives in between misses
 it. So a plan is held back until a lead before the running step's predicted end. The lead finds itself: it becomes the
-one at which a small share of held plans comes late, however late those are. Pure: no clock of its own.
+one at which a small share of plans comes late, however late those are. Pure: no clock of its own.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ MIN_LEAD_NS = 1_000_000
 FIRST_LEAD_NS = 3_000_000
 MAX_LEAD_NS = 50_000_000
 TOLERATED_IDLE_NS = 50_000  # shorter idle times of the device come of themselves
-# So many held plans may come late: a longer lead saves the device time in those steps alone, and costs every request.
+# So many of all plans may come late: a longer lead saves the device time in those steps alone, and costs every request.
 LATE_SHARE = 0.04
 # By so much the lead grows for a late plan. For any other it shrinks, by as much as keeps the share.
 LEAD_STEP_NS = 100_000

@@ -171,6 +171,7 @@ class ShardClient:
         self._streams: list[grpc.aio.StreamStreamCall] = []
         self._readers: list[asyncio.Task[None]] = []
         self._is_closing = False
+        self._is_partly_sent = False  # some ranks have a plan that others lack
 
     async def info(self) -> ShardInfo:
         """The dimensions of the loaded model; raises ShardFailure when a rank does not answer."""
@@ -272,9 +273,11 @@ class ShardClient:
     async def send(self, plan: StepPlan) -> None:
         """Write a plan to every rank; raises ShardFailure when a stream is gone."""
         packed = pack_plan(plan)
+        self._is_partly_sent = True
         try:
             for stream in self._streams:
                 await stream.write(packed)
+            self._is_partly_sent = False
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise ShardFailure(f"a plan could not be sent: {error}") from None
         except asyncio.CancelledError:
@@ -287,13 +290,12 @@ class ShardClient:
         A group of ranks does not outlive a stream that just breaks off.
         """
         self._is_closing = True
-        if not any(reader.done() for reader in self._readers):
+        if not self._is_partly_sent and not any(reader.done() for reader in self._readers):
             broken = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
             with contextlib.suppress(TimeoutError, *broken):
                 async with asyncio.timeout(LAST_RESULTS_TIMEOUT_S):
                     for stream in self._streams:
                         await stream.write(_LAST_PLAN)
-                        await stream.done_writing()
                     await asyncio.gather(*self._readers)
         await self.abandon()
 

@@ -40,10 +40,10 @@ PUBLISHED_TFLOPS = {
 def default_step_tokens(device_name: str, num_layer_weights: int) -> int:
     """Tokens of a step on this GPU, where each of its ranks multiplies a token with so many weights.
 
-    The most that there may be where the GPU is not in the table.
+    The most that there may be where the GPU is not in the table, or the shard does not tell.
     """
     tflops = next((tflops for word, tflops in PUBLISHED_TFLOPS.items() if word in device_name), None)
-    if tflops is None:
+    if tflops is None or not num_layer_weights:
         return MAX_STEP_TOKENS
     # A multiplication and an addition for each weight.
     wanted = PRODUCTS_S * REACHED_SHARE * tflops * 1e12 / (2 * num_layer_weights)

@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -319,6 +321,8 @@ def test_a_client_that_leaves_gives_its_permit_back_and_its_text_up(serving, unt
             for task in posting:
                 task.cancel()
             await until(lambda: served.context.tokenize_permits.num_taken == 0)
+            kept = [work for work in gc.get_objects() if type(work) is partial and "b" in work.args]
+            assert not kept, "what never began is not kept until the thread gets to it"
             go_on.set()
             async with served.client.post("/tokenize", json={"inputs": "c"}) as response:
                 assert response.status == 200

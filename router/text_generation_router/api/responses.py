@@ -46,7 +46,11 @@ async def render(body: Callable[[], Any], num_entries: int) -> bytes:
     """
     if num_entries <= MAX_ENTRIES_AT_ONCE:
         return orjson.dumps(body())
-    return await asyncio.to_thread(lambda: orjson.dumps(body()))
+    rendering = asyncio.ensure_future(asyncio.to_thread(lambda: orjson.dumps(body())))
+    try:
+        return await asyncio.shield(rendering)
+    finally:
+        await asyncio.wait((rendering,))  # the permit of a client that leaves is held as long as its answer
 
 
 def json_list(items: Iterable[Any]) -> orjson.Fragment:

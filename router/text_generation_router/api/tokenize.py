@@ -57,9 +57,11 @@ async def _run(request: web.Request, work: Callable[[], bytes]) -> bytes:
     """What `work` returns, done with a permit; raises Overloaded."""
     context, tenant = request.app[CONTEXT_KEY], request.get(TENANT_KEY, "")
     context.tokenize_permits.take(1, tenant)
+    waiting = [work]  # the thread's queue keeps what it was given, also for a client that has left: not the text
     try:
-        return await asyncio.get_running_loop().run_in_executor(context.tokenize_thread, work)
+        return await asyncio.get_running_loop().run_in_executor(context.tokenize_thread, lambda: waiting.pop()())
     finally:
+        waiting.clear()
         context.tokenize_permits.give_back(1, tenant)
 
 

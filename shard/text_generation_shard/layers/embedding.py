@@ -80,7 +80,8 @@ class LanguageModelHead(VocabParallelEmbedding):
 def _with_exact_best(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Float32 logits, the best of which are computed again in float32.
 
-    Rounded to bfloat16, as a CPU's product leaves them, the best ones are often equal, or in the wrong order.
+    Rounded to bfloat16, as a CPU's product leaves them, the best ones are often equal, or in the wrong order. Only a
+    weight whose rows can be looked up, that of a tied head, allows it.
     """
     best = logits.topk(min(NUM_EXACT_LOGITS, logits.shape[1]), dim=-1).indices
     exact = (weight[best].float() @ hidden.float().unsqueeze(2)).squeeze(2)
