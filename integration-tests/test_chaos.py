@@ -277,9 +277,14 @@ def test_a_request_that_loses_its_shards_twice_fails_alone(server: Server) -> No
     expected = [_tokens(server, body) for body in others]
     poison = {"inputs": "poison", "parameters": {"max_new_tokens": 8000, "ignore_eos": True}}
     answers: list[list[int]] = [[] for _ in others]
+    begun = threading.Barrier(len(others) + 1)
 
     def ask(index: int) -> None:
-        answers[index] = _tokens(server, others[index])
+        with server.stream("/generate_stream", others[index]) as lines:
+            for event in _events(lines):
+                answers[index].append(event["token"]["id"])
+                if len(answers[index]) == 1:
+                    begun.wait(30.0)
 
     with server.stream("/generate_stream", poison) as lines:
         events = _events(lines)
@@ -290,7 +295,7 @@ def test_a_request_that_loses_its_shards_twice_fails_alone(server: Server) -> No
         threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(others))]
         for thread in threads:
             thread.start()
-        server.wait_for(lambda: server.metric("tgi_batch_current_size") > 1, "others that run with it")
+        begun.wait(30.0)
         _strike(server, signal.SIGKILL)
         for thread in threads:
             thread.join(120.0)
