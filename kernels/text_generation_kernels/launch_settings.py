@@ -112,10 +112,10 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3, "maxnreg": 255,
     },
     ("attention_wide/d128", "h100"): {
-        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "h200"): {
-        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 5,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 5,
     },
     ("attention_wide/d128", "a100"): {
         "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 4, "num_warps": 8, "num_stages": 3, "maxnreg": 255,
