@@ -113,18 +113,21 @@ class CpuExecution:
         )
 
     def _forward(self, inputs: StepInputs, tables: Int32Array, kv_caches: KvCaches) -> torch.Tensor:
-        """Hidden states of the step's tokens."""
+        """Hidden states of the tokens that sample; of all in a step that scores a prompt."""
         plan = CpuAttentionPlan(
             tables, inputs.query_starts, inputs.sequence_lengths, inputs.positions, inputs.slot_mapping, kv_caches[0][0]
         )
         with forward_context(ForwardContext(kv_caches, plan)):
-            return self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions))
+            rows = None
+            if inputs.prompt is None and inputs.num_samples < inputs.num_tokens:
+                rows = torch.from_numpy(inputs.sampling_indices)
+            return self._model(torch.from_numpy(inputs.input_ids), torch.from_numpy(inputs.positions), rows)
 
     def _logits(self, hidden: torch.Tensor, inputs: StepInputs) -> torch.Tensor | None:
         """Logits of the sampling rows; None where no row samples."""
         if not inputs.num_samples:
             return None
-        if inputs.num_samples < inputs.num_tokens:
+        if inputs.num_samples < len(hidden):
             hidden = hidden[torch.from_numpy(inputs.sampling_indices)]
         return self._model.compute_logits(hidden)
 

@@ -16,8 +16,10 @@ from text_generation_shard.step_inputs import BatchLimits, BoolArray, Int64Array
 class CausalModel(Protocol):
     """What an execution asks of a model."""
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the step's tokens, [num_tokens, hidden_size]."""
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states of the step's tokens, [num_tokens, hidden_size], or of those that `rows` names in its order."""
         ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

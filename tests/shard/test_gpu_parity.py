@@ -127,8 +127,8 @@ class LoggedLogits:
         self._model = model
         self.logits = torch.zeros(max_rows, vocab_size, device=device)
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self._model(input_ids, positions)
+    def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        hidden: torch.Tensor = self._model(*inputs)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,11 @@ MARKS = set(range(15))
 class Formula:
     """After token t at position p the best token is (3 t + p) mod 50, with logit 2 over zeros."""
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return torch.stack((input_ids, positions), dim=1)
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden = torch.stack((input_ids, positions), dim=1)
+        return hidden if rows is None else hidden[rows]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(hidden), VOCAB_SIZE)

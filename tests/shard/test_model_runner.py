@@ -34,7 +34,9 @@ class Formula:
         self.num_cache_blocks: list[int] = []
         self.on_forward: Callable[[torch.Tensor], None] = lambda input_ids: None
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.on_forward(input_ids)
         context = get_forward_context()
         assert isinstance(context.plan, CpuAttentionPlan)
@@ -45,7 +47,8 @@ class Formula:
         self.num_cache_blocks.append(len(context.kv_caches[0][0]))
         if (input_ids == DEVICE_ERROR_TOKEN).any():
             raise RuntimeError("the device is lost")
-        return torch.stack((input_ids, positions), dim=1)
+        hidden = torch.stack((input_ids, positions), dim=1)
+        return hidden if rows is None else hidden[rows]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(hidden), VOCAB_SIZE)

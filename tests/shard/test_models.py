@@ -92,8 +92,8 @@ class PagedBatch:
         self.caches = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(config.num_layers)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
-    def step(self, num_tokens: dict[int, int]) -> None:
-        """Compute the next tokens of some sequences in one forward pass."""
+    def step(self, num_tokens: dict[int, int], last_of: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Compute the next tokens of some sequences in one forward pass; logits of all, or of some sequences' last."""
         ids, positions, slots, starts, lengths = [], [], [], [0], []
         for row, count in num_tokens.items():
             first, end = self.num_computed[row], self.num_computed[row] + count
@@ -115,10 +115,13 @@ class PagedBatch:
             self.caches[0][0],
         )
         with torch.inference_mode(), forward_context(ForwardContext(self.caches, plan)):
-            hidden = self.model(torch.tensor(ids), torch.tensor(positions))
-            logits = self.model.compute_logits(hidden)  # type: ignore[operator]
-        for index, row in enumerate(num_tokens):
+            ends = [starts[index + 1] - 1 for index, row in enumerate(num_tokens) if last_of is None or row in last_of]
+            rows = None if last_of is None else torch.tensor(ends, dtype=torch.int64)
+            hidden = self.model(torch.tensor(ids), torch.tensor(positions), rows)
+            logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
+        for index, row in enumerate(num_tokens) if last_of is None else ():
             self.logits[row].append(logits[starts[index] : starts[index + 1]])
+        return logits
 
 
 def random_ids(count: int, seed: int) -> list[int]:
@@ -151,6 +154,21 @@ def test_equals_transformers_whole_chunked_and_decoding(
             expected = reference(torch.tensor([tokens])).logits[0]
         assert expected.std() > 0.1
         torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_are_asked_for_and_the_keys_of_the_others_equal_transformers(
+    models: tuple[PreTrainedModel, torch.nn.Module, ModelConfig],
+) -> None:
+    reference, model, config = models
+    sequences = [random_ids(23, 1), random_ids(17, 2), random_ids(9, 3)]
+    batch = PagedBatch(model, config, sequences)
+    assert batch.step({0: 15, 2: 4}, last_of=()).shape == (0, config.vocab_size)  # chunks; no prompt ends
+    logits = [*batch.step({0: 8, 2: 4, 1: 17}, last_of=(1, 0)), batch.step({2: 1})[0]]
+    assert batch.num_computed == [23, 17, 9]
+    for tokens, found in zip(sequences, logits, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_family_has_a_case() -> None:

@@ -44,8 +44,11 @@ class TableModel:
         self.by_token = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator) * 1.5
         self.by_position = torch.randn(MAX_LENGTH, VOCAB_SIZE, generator=generator)
 
-    def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return torch.stack((input_ids, positions), dim=1)
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden = torch.stack((input_ids, positions), dim=1)
+        return hidden if rows is None else hidden[rows]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.by_token[hidden[:, 0]] + self.by_position[hidden[:, 1]]

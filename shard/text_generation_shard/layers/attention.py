@@ -37,28 +37,38 @@ class Attention(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self, x: torch.Tensor | ScaledRows, positions: torch.Tensor, residual: torch.Tensor, next_norm: RMSNorm
+        self,
+        x: torch.Tensor | ScaledRows,
+        positions: torch.Tensor,
+        residual: torch.Tensor,
+        next_norm: RMSNorm,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
-        """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum."""
+        """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum.
+
+        The product and what follows are of all tokens, or of those that `rows` names.
+        """
         context = get_forward_context()
         key_cache, value_cache = context.kv_caches[self.layer]
         query_norm, key_norm = (None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm))
         qkv, plan = self.qkv(x), context.plan
         if isinstance(plan, CpuAttentionPlan):
-            output = cpu_attention(
+            heads = cpu_attention(
                 qkv, key_cache, value_cache, plan, self.rotary.cos_sin_cache, self.scale, self.sliding_window,
                 query_norm, key_norm, self.norm_eps,
             )  # fmt: skip
-            return self.output.add_norm(output, residual, next_norm)
-        query = rotary_kv_write(
-            qkv, positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
-            query_norm, key_norm, self.norm_eps,
-        )  # fmt: skip
-        heads = paged_attention(
-            query, key_cache, value_cache, plan.block_tables, plan.workspaces[self.sliding_window], self.scale,
-            self.sliding_window,
-        )  # fmt: skip
-        return self.output.add_norm(heads.flatten(1), residual, next_norm)
+        else:
+            query = rotary_kv_write(
+                qkv, positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
+                query_norm, key_norm, self.norm_eps,
+            )  # fmt: skip
+            heads = paged_attention(
+                query, key_cache, value_cache, plan.block_tables, plan.workspaces[self.sliding_window], self.scale,
+                self.sliding_window,
+            ).flatten(1)  # fmt: skip
+        if rows is not None:
+            heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
+        return self.output.add_norm(heads, residual, next_norm)
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""

@@ -1,5 +1,7 @@
 """The Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told apart by flags of ModelConfig."""
 
+from itertools import pairwise
+
 import torch
 from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
@@ -24,10 +26,15 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, partition)
 
     def forward(
-        self, normed: torch.Tensor | ScaledRows, residual: torch.Tensor, positions: torch.Tensor, next_norm: RMSNorm
+        self,
+        normed: torch.Tensor | ScaledRows,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        next_norm: RMSNorm,
+        rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
-        """From the normed sum of what came before, and that sum, to the same behind this layer."""
-        normed, residual = self.attention(normed, positions, residual, self.mlp_norm)
+        """From the normed sum of what came before, and that sum, to the same behind this layer, of some rows or all."""
+        normed, residual = self.attention(normed, positions, residual, self.mlp_norm, rows)
         return self.mlp(normed, residual, next_norm)  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
@@ -59,13 +66,19 @@ class LlamaModel(nn.Module):
             tied_to=self.embedding if config.tie_word_embeddings else None,
         )
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the step's tokens after the last norm."""  # [T], [T] -> [T, hidden]
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the last norm, of the step's tokens or of those that `rows` names.
+
+        Of the others the last layer computes keys and values, which later tokens attend to, and nothing behind them.
+        """  # [T], [T], [R] -> [T or R, hidden]
         residual: torch.Tensor = self.embedding(input_ids)
         layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
         normed: torch.Tensor | ScaledRows = layers[0].attention_norm(residual)
-        for layer, next_norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), self.norm], strict=True):
-            normed, residual = layer(normed, residual, positions, next_norm)
+        for layer, next_layer in pairwise(layers):
+            normed, residual = layer(normed, residual, positions, next_layer.attention_norm, None)
+        normed, residual = layers[-1](normed, residual, positions, self.norm, rows)
         return self.norm(residual) if isinstance(normed, ScaledRows) else normed
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
