@@ -224,7 +224,9 @@ def test_chaos(server: Server, collector: socket.socket) -> None:
     assert load.endings["success"] > NUM_CLIENTS
     _check_counters(before, server.metrics(), load.endings)
     if usage is not None:
-        for name, (memory, descriptors) in _usage(server).items():
+        after = _usage(server)
+        print(f"private bytes and file descriptors at minute 2 {usage}, at the end {after}")
+        for name, (memory, descriptors) in after.items():
             assert memory <= usage[name][0] * 1.05, (name, memory, usage[name])
             assert descriptors <= usage[name][1] * 1.05, (name, descriptors, usage[name])
 

@@ -58,7 +58,8 @@ class RouterConfig:
         positive=True,
     )
     queue_timeout: float | None = flag(
-        None, "Seconds that a request may wait for its first step; then it gets 429. Default: no limit."
+        None,
+        "Seconds from when a request's body is read until its first step; then it gets 429. Default: no limit.",
     )
     request_timeout: float | None = flag(
         None, "Seconds from a request's arrival to its last token; then it ends with 504. Default: no limit."

@@ -119,11 +119,10 @@ class Engine:
         except Exception:
             self._scheduler.finish(sequence)
             raise
-        age_s = (timings.queued_ns - timings.received_ns) / 1e9
         if self._queue_deadlines is not None:
-            self._queue_deadlines.add(sequence.sequence_id)
+            self._queue_deadlines.add(sequence.sequence_id, (timings.queued_ns - timings.admitted_ns) / 1e9)
         if self._deadlines is not None:
-            self._deadlines.add(sequence.sequence_id, age_s)
+            self._deadlines.add(sequence.sequence_id, (timings.queued_ns - timings.received_ns) / 1e9)
         self._wakeup.set()
         return stream
 
@@ -136,8 +135,7 @@ class Engine:
         """A sequence's time to wait is over."""
         output = self._publisher.get(sequence_id)
         if output is not None and not output.stream.timings.first_scheduled_ns:
-            limit_s = self._queue_limits.queue_timeout_s
-            self._publisher.cancel(sequence_id, QueueTimeExceeded(f": the request waited longer than {limit_s:g} s"))
+            self._publisher.cancel(sequence_id, QueueTimeExceeded(f"{self._queue_limits.queue_timeout_s:g} s"))
             self._wakeup.set()
 
     def _end_late(self, sequence_id: int) -> None:

@@ -149,6 +149,7 @@ class QueueFull(Overloaded):
 class QueueTimeExceeded(Overloaded):
     """A request waited longer than `--queue-timeout` for its first step."""
 
+    prefix = "Model is overloaded: the request waited longer than "
     rejection = "queue_time"
 
 

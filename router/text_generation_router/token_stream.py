@@ -47,6 +47,7 @@ class Timings:
     """When things happened, nanoseconds of the monotonic clock; 0: not yet."""
 
     received_ns: int = 0
+    admitted_ns: int = 0  # its body is read, and it has a permit
     queued_ns: int = 0
     first_scheduled_ns: int = 0
     first_token_ns: int = 0

@@ -134,7 +134,7 @@ class FakeEngine:
         timings.queued_ns = time.monotonic_ns()
         stream = TokenStream(len(request.token_ids), len(self.log), timings)
         stream.note_scheduled(time.monotonic_ns(), num_cached_tokens=2)
-        stream.num_recomputed_tokens = 3
+        stream.num_preemptions, stream.num_recomputed_tokens = 1, 3
         if request.scores_prompt:
             # Token i of the prompt has -i, and is the best at its place.
             num_top = request.prompt_top_n_tokens

@@ -2,6 +2,8 @@
 
 import bisect
 import math
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -128,6 +130,27 @@ def test_every_name_is_there_from_the_start(name):
     assert sorted(set(found)) == pytest.approx([*bounds, math.inf])
 
 
+def test_the_documentation_names_all_with_their_types_and_labels():
+    page = Path(__file__).parents[2] / "docs" / "operations.md"
+    tables, _, _ = page.read_text().partition("\n## Overload\n")
+    documented = {}
+    for line in tables.splitlines():
+        if line.startswith("| tgi_"):
+            _, names, described, _, _ = line.split("|")
+            kind, *labels = described.strip().split(", ")
+            documented |= {name: (kind, set(labels)) for name in re.findall(r"\w+", names)}
+    metrics = make_metrics()
+    metrics.processes.set_build("4.0.0", "", "")
+    metrics.processes.set_model("m", "", "bfloat16", "Some GPU", 1)
+    metrics.processes.set_resident("router", 1)
+    metrics.processes.set_gpu(0, GpuReading(1, 2, 0.5, 100.0))
+    exposed = {}
+    for name, family in parse(metrics).items():
+        labels = {label for sample in family.samples for label in sample.labels}
+        exposed[name] = (family.type, labels - {"le"})
+    assert documented == exposed
+
+
 def test_no_suffixes_that_dashboards_do_not_ask_for():
     text = make_metrics().text()
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
@@ -139,7 +162,7 @@ def test_accepted_is_success_and_failed_and_left_and_running():
     metrics = make_metrics()
     metrics.requests.arrived(9)
     metrics.requests.succeeded()
-    metrics.requests.generated(Timings(10**9, 2 * 10**9, 4 * 10**9, 5 * 10**9, 8 * 10**9), 8)
+    metrics.requests.generated(Timings(10**9, 10**9, 2 * 10**9, 4 * 10**9, 5 * 10**9, 8 * 10**9), 8)
     for error in (ValidationError("x"), Overloaded(), GenerationError("x"), KeyError("x"), TemplateError("x")):
         metrics.requests.failed(error)
     metrics.requests.client_left()

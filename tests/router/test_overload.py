@@ -71,7 +71,7 @@ class Life:
 
     def submit(self, prompt: bytes, num_tokens: int = 4, tenant: str = "", priority: int = 0):
         request = ValidRequest(list(prompt), num_tokens, tenant=tenant, priority=priority)
-        return self.engine.submit(request, Timings(received_ns=asyncio_now_ns()))
+        return self.engine.submit(request, Timings(asyncio_now_ns(), asyncio_now_ns()))
 
 
 def asyncio_now_ns() -> int:
@@ -144,6 +144,19 @@ def test_who_waits_longer_than_the_limit_gets_an_error_and_who_runs_does_not(liv
         assert life.shard.joined == [b"x"]
 
     living(body, queue_timeout_s=0.02)
+
+
+def test_what_was_waited_before_the_queue_counts(living):
+    async def body(life: Life) -> None:
+        running = life.submit(b"x", 150)
+        await until_running(running)
+        begun_ns = asyncio_now_ns() - 3600 * 10**9
+        waiting = life.engine.submit(ValidRequest(list(b"y"), 4), Timings(begun_ns, begun_ns))
+        with pytest.raises(QueueTimeExceeded):
+            await read_all(waiting)
+        assert await read_all(running) == 150
+
+    living(body, queue_timeout_s=3600)
 
 
 def test_the_deadline_ends_what_runs_and_what_waits(living):
@@ -335,26 +348,56 @@ def test_a_client_that_leaves_gives_its_permit_back_and_its_text_up(serving, unt
         go_on.set()
 
 
-def test_the_deadline_runs_while_validation_waits_for_shards(serving, make_engine):
-    async def run():
-        async with serving(make_engine(), request_timeout=0.03) as served:
+@pytest.mark.parametrize(
+    ("limits", "status", "kind", "failure"),
+    [
+        ({"request_timeout": 0.03, "queue_timeout": 60}, 504, "deadline_exceeded", "incomplete"),
+        ({"request_timeout": 60, "queue_timeout": 0.03}, 429, "overloaded", "overloaded"),
+    ],
+)
+def test_limits_of_time_hold_for_what_is_not_queued_yet(serving, limits, status, kind, failure):
+    """A grammar for which there are no shards, a prompt for which there is no thread, a conversation likewise."""
 
-            async def wait_for_shards(grammar):
+    async def run():
+        async with serving(**limits) as served:
+
+            async def wait(*arguments, **named):
                 await asyncio.Event().wait()
 
-            served.context.validator._grammars.compile = wait_for_shards
             grammar = {"type": "regex", "value": "a"}
-            body = {"inputs": "a", "parameters": {"grammar": grammar}}
-            async with served.client.post("/generate", json=body) as response:
-                assert response.status == 504
-                assert (await response.json())["error_type"] == "deadline_exceeded"
-            async with served.client.post("/generate_stream", json=body) as response:
-                event = json.loads((await response.text()).removeprefix("data:"))
-                assert event["error_type"] == "deadline_exceeded"
+            chat = {"messages": [{"role": "user", "content": "a"}]}
+            for owner, name, path, body in (
+                (served.context.validator._grammars, "compile", "/generate", {"parameters": {"grammar": grammar}}),
+                (served.context.tokenizer, "encode", "/generate", {}),
+                (served.context.tokenizer, "encode", "/generate_stream", {}),
+                (served.context.chat_template, "render", "/v1/chat/completions", chat),
+                (served.context.chat_template, "render", "/vertex", {"instances": [chat]}),
+            ):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(owner, name, wait)
+                    async with served.client.post(path, json={**GENERATE, **body}) as response:
+                        answer = await response.text()
+                # That stream's status says nothing but that the server is too busy.
+                assert response.status == (200 if (path, status) == ("/generate_stream", 504) else status), path
+                assert json.loads(answer.removeprefix("data:"))["error_type"] == kind
             counts = served.counts()
-            assert counts['tgi_request_failure{err="incomplete"}'] == 2
+            assert counts[f'tgi_request_failure{{err="{failure}"}}'] == 5
+            assert counts['tgi_request_rejected{reason="queue_time"}'] == (5 if failure == "overloaded" else 0)
             assert counts["tgi_request_residual"] == counts["tgi_request_running"] == 0
             assert served.context.permits.num_taken == 0
+
+    asyncio.run(run())
+
+
+def test_the_time_that_a_client_takes_for_its_body_is_not_waiting(serving):
+    async def run():
+        async with serving(queue_timeout=0.3) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n")
+            await asyncio.sleep(0.5)
+            writer.write(b'{"inputs":"abc"}')
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
 
     asyncio.run(run())
 
@@ -463,6 +506,71 @@ def test_a_client_that_leaves_in_its_body_frees_the_memory(serving, until):
             await until(lambda: served.context.bodies.num_bytes == 0)
 
     asyncio.run(run())
+
+
+def test_a_body_that_comes_too_slowly_is_cut_off(serving, monkeypatch):
+    """What has come buys time for the rest."""
+    monkeypatch.setattr("text_generation_router.api.body.BODY_START_S", 0.1)
+    monkeypatch.setattr("text_generation_router.api.body.MIN_BODY_BYTES_PER_S", 1000)
+
+    async def run():
+        async with serving() as served:
+            connections = []
+            for sent in (b"", b'{"inputs":"abc"', b'{"inputs":"abc"' + b" " * 29_984):
+                reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+                writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 30000\r\n\r\n" + sent)
+                connections.append((reader, writer))
+            for reader, _ in connections[:2]:
+                assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+            reader, writer = connections[2]
+            writer.write(b"}")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+            for _, writer in connections:
+                writer.close()
+            assert served.counts()['tgi_request_rejected{reason="body_time"}'] == 2
+            assert served.context.bodies.num_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_a_tenants_share_of_the_memory_for_bodies_is_its_own(serving, until, monkeypatch, tmp_path):
+    monkeypatch.setattr(body_memory_module, "MAX_BODIES_BYTES", 0)
+    (tmp_path / "keys").write_text("a:key:key-a\nb:key:key-b\n")
+
+    async def run():
+        async with serving(api_keys_file=str(tmp_path / "keys"), payload_limit=100) as served:
+            head = b"POST /generate HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer key-a\r\nContent-Length: 100\r\n\r\n"
+            writers = []
+            for number in range(1, 5):
+                _, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+                writer.write(head + b"{" + b" " * 97)
+                await until(lambda: served.context.bodies.num_bytes == 98 * number)  # noqa: B023
+                writers.append(writer)
+            for key, status in (("key-a", 429), ("key-b", 200)):
+                headers = {"Authorization": f"Bearer {key}"}
+                async with served.client.post("/generate", json=GENERATE, headers=headers) as response:
+                    assert response.status == status, key
+            for writer in writers:
+                writer.close()
+            await until(lambda: served.context.bodies.num_bytes == 0)
+
+    asyncio.run(run())
+
+
+def test_shares_do_not_grow_the_memory_for_bodies_without_end(monkeypatch):
+    monkeypatch.setattr(body_memory_module, "MAX_BODIES_BYTES", 100)
+    memory = BodyMemory(payload_limit=20)
+    memory.take(100, 0, "a")
+    memory.take(50, 0, "b")
+    with pytest.raises(BodiesOverloaded):
+        memory.take(1, 0, "b")
+    memory.take(33, 0, "c")
+    with pytest.raises(BodiesOverloaded):
+        memory.take(25, 0, "d")
+    assert memory.num_bytes == 183
+    for tenant, num_bytes in (("a", 100), ("b", 50), ("c", 33)):
+        memory.give_back(num_bytes, tenant)
+    memory.take(100, 0, "b")
 
 
 def test_small_bodies_are_bounded_too(monkeypatch):

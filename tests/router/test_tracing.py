@@ -78,7 +78,8 @@ def test_one_prompt_is_a_tree_of_phases_in_order(ask):
 
 def test_attributes_follow_the_generative_ai_conventions(ask):
     body = {"model": "tgi", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 3, "top_p": 0.5, "seed": 1}
-    attributes = ask("/v1/chat/completions", body)[0].root().attributes
+    traced, _ = ask("/v1/chat/completions", body)
+    attributes = traced.root().attributes
     assert attributes["gen_ai.operation.name"] == "chat"
     assert attributes["gen_ai.request.model"] == "org/model"
     assert attributes["gen_ai.request.max_tokens"] == 3
@@ -90,6 +91,11 @@ def test_attributes_follow_the_generative_ai_conventions(ask):
     assert attributes["gen_ai.response.finish_reasons"] == ("length",)
     assert attributes["gen_ai.response.time_to_first_chunk"] > 0
     assert attributes["http.response.status_code"] == 200
+    assert attributes["tgi.preemptions"] == 1
+    (decode,) = (span.attributes for span in traced.spans if span.name == "decode")
+    assert decode["gen_ai.usage.output_tokens"] == 3
+    assert decode["gen_ai.response.finish_reasons"] == ("length",)
+    assert decode["tgi.preemptions"] == 1
     assert not [value for value in attributes.values() if "abc" in str(value)], "no text of a client"
 
 

@@ -5,7 +5,7 @@ import asyncio
 import orjson
 from aiohttp import web
 
-from text_generation_router.api.context import CONTEXT_KEY
+from text_generation_router.api.context import CONTEXT_KEY, TENANT_KEY
 from text_generation_router.errors import (
     MalformedBody,
     MalformedRequest,
@@ -17,7 +17,10 @@ from text_generation_router.errors import (
 
 # Deeper than any JSON schema that people write by hand, far from the stack of the parser.
 MAX_DEPTH = 128
-# From the end of the headers to the end of the body.
+# From the end of the headers to the end of the body: so long, and a second more for so many bytes that have come, but
+# in all not longer than the last. A small body that is never completed must not take its memory for long.
+BODY_START_S = 10.0
+MIN_BODY_BYTES_PER_S = 10_000
 BODY_TIMEOUT_S = 60.0
 
 
@@ -29,21 +32,29 @@ async def read_body(request: web.Request) -> dict[str, object]:
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
         raise PayloadTooLarge(f"the body must have at most {limit} bytes. Given: {request.content_length}")
-    memory, content = request.app[CONTEXT_KEY].bodies, bytearray()
+    memory, tenant, content = request.app[CONTEXT_KEY].bodies, request.get(TENANT_KEY, ""), bytearray()
+    started_s = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(BODY_START_S) as deadline:
             while chunk := await request.content.readany():
                 if len(content) + len(chunk) > limit:
                     raise PayloadTooLarge(f"the body must have at most {limit} bytes")
-                memory.take(len(chunk), len(content))
+                memory.take(len(chunk), len(content), tenant)
                 content += chunk
+                deadline.reschedule(started_s + _allowed_s(len(content)))
         return _parse_object(content)
     except TimeoutError:
-        raise RequestTimeout(f"the body must come within {BODY_TIMEOUT_S:g} s") from None
+        allowed_s = _allowed_s(len(content))
+        raise RequestTimeout(f"the body is not complete after {allowed_s:.3g} s and {len(content)} bytes") from None
     except web.RequestPayloadError as error:
         raise MalformedRequest(f"the body is not valid HTTP: {error}") from None
     finally:
-        memory.give_back(len(content))
+        memory.give_back(len(content), tenant)
+
+
+def _allowed_s(num_bytes: int) -> float:
+    """In which a body must be complete of which so many bytes have come."""
+    return min(BODY_START_S + num_bytes / MIN_BODY_BYTES_PER_S, BODY_TIMEOUT_S)
 
 
 def _parse_object(content: bytearray) -> dict[str, object]:

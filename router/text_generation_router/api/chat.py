@@ -48,7 +48,7 @@ async def answer_chat(record: GenerationRequest, values: dict[str, Any]) -> web.
     record.note_ignored(body)
     context.validator.check_options(call.options)
     record.admit(call.options.num_runs)
-    prompt = await render_prompt(context, call.conversation)
+    prompt = await record.in_time(render_prompt(context, call.conversation))
     options = answer_options(context, call, prompt)
     # The template writes the special tokens itself.
     generations = submit_runs(record, await record.validate(prompt, options, add_special_tokens=False), options)

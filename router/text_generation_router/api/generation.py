@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
+from operator import itemgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
@@ -20,7 +21,7 @@ from text_generation_router.api.context import (
 )
 from text_generation_router.api.fields import Fields
 from text_generation_router.api.request_log import Identity, log_end, log_prompt, log_success
-from text_generation_router.errors import DeadlineExceeded
+from text_generation_router.errors import DeadlineExceeded, QueueTimeExceeded, RouterError
 from text_generation_router.generation_options import GenerationOptions
 from text_generation_router.token_stream import FinishReason, TakeOutputs, Timings, TokenOutput, TokenStream
 from text_generation_router.valid_request import ValidRequest
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 # What a handler sees when its client went away: the runner cancels it, or a write fails.
 CLIENT_LEFT = (ConnectionError,)
 _MAX_IGNORED_HEADER_CHARACTERS = 512
+T = TypeVar("T")
 
 
 class Generation:
@@ -117,6 +119,7 @@ class GenerationRequest:
         self._tenant = request.get(TENANT_KEY, "")
         self._takes_permit = takes_permit
         self.received_ns = time.monotonic_ns()
+        self._admitted_ns = 0
         self.num_prompts = 1
         self._metrics = self.context.metrics.requests
         self._has_succeeded = False
@@ -195,26 +198,40 @@ class GenerationRequest:
         self.num_prompts = num_prompts
         self.context.permits.take(num_prompts, self._tenant)
         self._num_permits = num_prompts
+        self._admitted_ns = time.monotonic_ns()
+
+    async def in_time(self, work: Awaitable[T]) -> T:
+        """What `work` comes to, before anything is queued; raises DeadlineExceeded and QueueTimeExceeded."""
+        config, now_ns = self.context.config, time.monotonic_ns()
+        limits: list[tuple[float, RouterError]] = []
+        if (limit_s := config.request_timeout) is not None:
+            limits.append((limit_s - (now_ns - self.received_ns) / 1e9, DeadlineExceeded(f"{limit_s:g} s")))
+        if (limit_s := config.queue_timeout) is not None:
+            limits.append((limit_s - (now_ns - self._admitted_ns) / 1e9, QueueTimeExceeded(f"{limit_s:g} s")))
+        if not limits:
+            return await work
+        left_s, error = min(limits, key=itemgetter(0))
+        try:
+            async with asyncio.timeout(left_s) as deadline:
+                return await work
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise error from None
 
     async def validate(
         self, prompt: str | list[int], options: GenerationOptions, add_special_tokens: bool = True
     ) -> ValidRequest:
-        """Check and encode one prompt; raises ValidationError, and DeadlineExceeded: it may wait for shards."""
+        """Check and encode one prompt; raises ValidationError, and what `in_time` raises: it may wait for shards."""
         if self.context.config.log_prompts:
             log_prompt(self._identity, prompt)
-        limit_s, age_s = self.context.config.request_timeout, (time.monotonic_ns() - self.received_ns) / 1e9
-        try:
-            async with asyncio.timeout(None if limit_s is None else limit_s - age_s) as deadline:
-                return await self.context.validator.validate(prompt, options, add_special_tokens, self._tenant)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise DeadlineExceeded(f"{limit_s:g} s") from None
+        validator = self.context.validator
+        return await self.in_time(validator.validate(prompt, options, add_special_tokens, self._tenant))
 
     def submit(self, request: ValidRequest, options: GenerationOptions, first: Generation | None = None) -> Generation:
         """Queue one prompt, made with these options; or a further run of the prompt of `first`."""
         self._metrics.validated(len(request.token_ids), request.max_new_tokens)
-        timings = Timings(received_ns=self.received_ns, queued_ns=time.monotonic_ns())
+        timings = Timings(self.received_ns, self._admitted_ns, queued_ns=time.monotonic_ns())
         stream = self.context.engine.submit(request, timings, is_further=first is not None)
         generation = Generation(self.context, request, options, stream, timings, first)
         self._generations.append(generation)

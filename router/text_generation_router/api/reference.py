@@ -17,7 +17,8 @@ Made from the source by `make docs`: change the schemas in `router/text_generati
 running server shows the same at `/docs`, and as an OpenAPI document with its own limits at `/api-doc/openapi.json`.
 
 - Bodies are JSON whatever their content type says, not compressed, at most `--payload-limit` (2 000 000) bytes long and
-  128 levels deep, and must come within 60 s. A request has at most 128 headers of 8190 bytes each.
+  128 levels deep. One must come within 10 s and a second more for each 10 000 bytes, at most 60 s. A request has at
+  most 128 headers of 8190 bytes each.
 - Every optional field takes null, which is the same as leaving it out. Fields that are not listed here are ignored and
   named in the header `x-ignored-parameters`. A field that is known and cannot be honoured is refused with 422.
 - With `--api-key` or `--api-keys-file`, every route that is not marked *open* needs `Authorization: Bearer KEY`; other

@@ -81,5 +81,5 @@ async def _read_instance(record: GenerationRequest, body: Fields, instance: Any)
     context = record.context
     kept = {name: value for name, value in instance.items() if name not in _LEFT_OUT}
     chat = read_chat_call(body.child("instances", kept, CHAT_BODY), context.chat_template.family)
-    prompt = await render_prompt(context, chat.conversation)
+    prompt = await record.in_time(render_prompt(context, chat.conversation))
     return _Prompt(prompt, answer_options(context, chat, prompt), adds_special_tokens=False)
