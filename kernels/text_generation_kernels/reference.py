@@ -113,8 +113,9 @@ def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tens
     rows = (mask_rows >= 0).nonzero().squeeze(1)
     words = masks[mask_rows[rows].long()].cpu().numpy().view(np.uint8)
     bits = np.unpackbits(words, axis=1, count=logits.shape[1], bitorder="little")
-    excluded = torch.from_numpy(bits == 0).to(logits.device)
+    is_allowed = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
+    impossible = torch.tensor(float("-inf"), dtype=logits.dtype, device=logits.device)
     if len(rows) == len(logits):
-        logits.masked_fill_(excluded, float("-inf"))
+        torch.where(is_allowed, logits, impossible, out=logits)
     else:
-        logits[rows] = logits[rows].masked_fill_(excluded, float("-inf"))
+        logits[rows] = torch.where(is_allowed, logits[rows], impossible)

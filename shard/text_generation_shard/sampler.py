@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from text_generation_kernels import reference_sampling as reference
 from text_generation_kernels.token_masks import mask_tokens, num_words
-from text_generation_proto.columns import Float32Array
+from text_generation_proto.columns import Float32Array, Int32Array
 
 from text_generation_shard import distributed
 from text_generation_shard.changed_logits import ChangedLogits
+from text_generation_shard.few_tokens import FewTokens
 from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.step import TopTokens
@@ -56,14 +57,34 @@ def sample_tokens(
 def _choose(
     logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, masks: StepMasks | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if masks is not None:
-        _apply(masks, logits)
+    if masks is None:
+        return _sample(logits, batch, inputs, np.arange(len(logits)))
+    host_masks = _wait(masks, logits)
+    few = FewTokens.find(host_masks, masks.mask_rows, logits.shape[1])
+    others = np.setdiff1d(np.arange(len(logits)), few.samples)
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    if len(few.samples):
+        places, logprobs[few.samples] = _sample(few.logits(logits), batch, inputs, few.samples)
+        chosen = torch.from_numpy(few.token_ids(places.clamp(min=0).numpy()))
+        tokens[few.samples] = torch.where(places == NO_TOKEN, NO_TOKEN, chosen)
+        logits = logits[others]
+    if len(others):
+        mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows[others]))
+        tokens[others], logprobs[others] = _sample(logits, batch, inputs, others)
+    return tokens, logprobs
+
+
+def _sample(
+    logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, samples: Int64Array
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities of some of the step's rows, whose logits these are."""
+    rows = inputs.sampling_rows[samples]
     tokens, logprobs = reference.sample(
         logits,
-        **_filters(batch, inputs.sampling_rows),
-        seeds=torch.from_numpy(batch.sampling.seeds[inputs.sampling_rows].view(np.int64)),
+        **_filters(batch, rows),
+        seeds=torch.from_numpy(batch.sampling.seeds[rows].view(np.int64)),
         # The random number belongs to the token's place in its sequence: a recomputed sequence draws the same.
-        positions=torch.from_numpy(inputs.sampling_positions),
+        positions=torch.from_numpy(inputs.sampling_positions[samples]),
     )
     return torch.where(reference.finite_rows(logits), tokens, NO_TOKEN), logprobs
 
@@ -82,7 +103,9 @@ def _choose_specially(
         torch.from_numpy(inputs.sampling_positions),
         torch.from_numpy(inputs.input_ids[inputs.sampling_indices]),
     )
-    tokens, logprobs = _choose(logits, batch, inputs, masks)
+    if masks is not None:
+        mask_tokens(logits, torch.from_numpy(_wait(masks, logits)), torch.from_numpy(masks.mask_rows))
+    tokens, logprobs = _sample(logits, batch, inputs, np.arange(len(logits)))
     changed.count(tokens.clamp(min=0), batch_rows, rows)
     samples = np.flatnonzero(sampling.top_n_tokens[batch_rows])
     if not len(samples):
@@ -94,10 +117,11 @@ def _choose_specially(
     return tokens, logprobs, top
 
 
-def _apply(masks: StepMasks, logits: torch.Tensor) -> None:
+def _wait(masks: StepMasks, logits: torch.Tensor) -> Int32Array:
+    """The step's masks, once they are made."""  # [len(masks), words]
     host_masks = np.empty((len(masks), num_words(logits.shape[1])), np.int32)
     masks.wait(host_masks)
-    mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows))
+    return host_masks
 
 
 def _filters(batch: InputBatch, rows: Int64Array) -> dict[str, torch.Tensor]:
