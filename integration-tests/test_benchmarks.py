@@ -44,6 +44,15 @@ def test_a_server_beside_itself(demo: Any) -> None:
     assert line["ours"]["ttft_p50_ms"] > 0
 
 
+def test_grammars_go_on_for_longer_than_a_run(demo: Any) -> None:
+    lines = run_benchmark("bench_grammars.py", "--streams", "4", "--tokens", "16", "--pairs", "1", "--url", demo.url)
+    assert len(lines) == 5
+    for line in lines:
+        with_grammar, without = reversed(line["token_us"])
+        assert line["median_ratio"] == pytest.approx(with_grammar / without, rel=0.02)
+        assert line["mask_ms_per_step"] > 0
+
+
 def test_a_row_that_is_not_there() -> None:
     command = [sys.executable, str(FOLDER / "bench_cpu.py"), "--rows", "chat-c3"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
