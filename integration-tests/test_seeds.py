@@ -15,6 +15,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.3, "top_p": 0.9},
     {"typical_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.5, "top_n_tokens": 2},
     {"watermark": True, "stop": ["never to be seen"]},
+    {"grammar": {"type": "regex", "value": "([a-z]{3}[!-?]){8}"}, "top_p": 0.9, "ignore_eos": False},
 ]
 # As /v1/completions has them; each goes on for a time of its own.
 NEIGHBOURS: list[dict[str, Any]] = [
@@ -38,7 +39,8 @@ NEIGHBOURS: list[dict[str, Any]] = [
 
 
 def sampled_tokens(server: Server, seed: int, **parameters: Any) -> list[int]:
-    parameters |= {"do_sample": True, "seed": seed, "max_new_tokens": NUM_TOKENS, "ignore_eos": True, "details": True}
+    parameters = {"ignore_eos": True, **parameters, "do_sample": True, "seed": seed, "details": True}
+    parameters["max_new_tokens"] = NUM_TOKENS
     details = server.generate(PROMPT, **parameters)["details"]
     assert details["seed"] == seed
     return [token["id"] for token in details["tokens"]]

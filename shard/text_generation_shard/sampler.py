@@ -1,5 +1,6 @@
 """Logits -> tokens and log-probabilities on a CPU, on every rank the same. Rows stand alone: none can hurt another."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ def sample_tokens(
         if batch.sampling.has_special:
             tokens, logprobs, top_tokens = _choose_specially(logits, batch, inputs, changed, masks)
         else:
-            tokens, logprobs = _choose(logits, batch, inputs, masks)
+            tokens, logprobs = _choose(logits, batch, inputs, _wait(masks, logits.shape[1]))
     else:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         logprobs = torch.zeros(len(logits), device=logits.device)
@@ -54,14 +55,35 @@ def sample_tokens(
     return SampledTokens(token_ids, logprobs.numpy(), token_ids != NO_TOKEN, top_tokens)
 
 
-def _choose(
-    logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, masks: StepMasks | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class _MadeMasks:
+    """A step's masks, once they are made."""
+
+    words: Int32Array  # [M, num_words]
+    mask_rows: Int32Array  # [num_samples] which mask a row has, or NO_MASK
+
+    def apply(self, logits: torch.Tensor, samples: Int64Array) -> None:
+        """Exclude tokens, in place, from some of the step's rows, whose logits these are."""  # [len(samples), V]
+        mask_tokens(logits, torch.from_numpy(self.words), torch.from_numpy(self.mask_rows[samples]))
+
+
+def _wait(masks: StepMasks | None, vocab_size: int) -> _MadeMasks | None:
     if masks is None:
-        return _sample(logits, batch, inputs, np.arange(len(logits)))
-    host_masks = _wait(masks, logits)
-    few = FewTokens.find(host_masks, masks.mask_rows, logits.shape[1])
-    others = np.setdiff1d(np.arange(len(logits)), few.samples)
+        return None
+    words = np.empty((len(masks), num_words(vocab_size)), np.int32)
+    masks.wait(words)
+    return _MadeMasks(words, masks.mask_rows)
+
+
+def _choose(
+    logits: torch.Tensor, batch: InputBatch, inputs: StepInputs, masks: _MadeMasks | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities of all rows; how a row is sampled depends on its own mask alone."""
+    everything = np.arange(len(logits))
+    if masks is None:
+        return _sample(logits, batch, inputs, everything)
+    few = FewTokens.find(masks.words, masks.mask_rows, logits.shape[1])
+    others = np.setdiff1d(everything, few.samples)
     tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     if len(few.samples):
         places, logprobs[few.samples] = _sample(few.logits(logits), batch, inputs, few.samples)
@@ -69,7 +91,7 @@ def _choose(
         tokens[few.samples] = torch.where(places == NO_TOKEN, NO_TOKEN, chosen)
         logits = logits[others]
     if len(others):
-        mask_tokens(logits, torch.from_numpy(host_masks), torch.from_numpy(masks.mask_rows[others]))
+        masks.apply(logits, others)
         tokens[others], logprobs[others] = _sample(logits, batch, inputs, others)
     return tokens, logprobs
 
@@ -103,25 +125,20 @@ def _choose_specially(
         torch.from_numpy(inputs.sampling_positions),
         torch.from_numpy(inputs.input_ids[inputs.sampling_indices]),
     )
-    if masks is not None:
-        mask_tokens(logits, torch.from_numpy(_wait(masks, logits)), torch.from_numpy(masks.mask_rows))
-    tokens, logprobs = _sample(logits, batch, inputs, np.arange(len(logits)))
+    made = _wait(masks, logits.shape[1])
+    tokens, logprobs = _choose(logits, batch, inputs, made)
     changed.count(tokens.clamp(min=0), batch_rows, rows)
     samples = np.flatnonzero(sampling.top_n_tokens[batch_rows])
     if not len(samples):
         return tokens, logprobs, None
     wanted = sampling.top_n_tokens[batch_rows[samples]]
-    final = reference.final_logprobs(logits[torch.from_numpy(samples)], **_filters(batch, batch_rows[samples]))
+    told = logits[torch.from_numpy(samples)]
+    if made is not None:
+        made.apply(told, samples)
+    final = reference.final_logprobs(told, **_filters(batch, batch_rows[samples]))
     best = find_candidates(final, int(wanted.max()))
     top = tell_top_tokens(best.logprobs.numpy(), best.token_ids.numpy(), samples, wanted, len(batch_rows))
     return tokens, logprobs, top
-
-
-def _wait(masks: StepMasks, logits: torch.Tensor) -> Int32Array:
-    """The step's masks, once they are made."""  # [len(masks), words]
-    host_masks = np.empty((len(masks), num_words(logits.shape[1])), np.int32)
-    masks.wait(host_masks)
-    return host_masks
 
 
 def _filters(batch: InputBatch, rows: Int64Array) -> dict[str, torch.Tensor]:

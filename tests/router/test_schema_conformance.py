@@ -100,6 +100,22 @@ def assert_valid(schema: Any, text: str) -> None:
         pytest.fail(f"{text} is not valid for {json.dumps(schema)}: {error.message}", pytrace=False)
 
 
+@pytest.mark.parametrize("most", [3, 7, 12, 24, 40, None])
+def test_masks_say_what_each_token_by_itself_does(writer: Writer, most: int | None) -> None:
+    """Strings of all bounds: masks decide on tokens in bulk, by how long they are."""
+    text = canonical({"items": {"type": "string", **({"maxLength": most} if most else {})}, "minItems": 9}, writer)
+    assert text is not None
+    rng, matcher = random.Random(most), writer.table.compile(text)
+    for _ in range(40):
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        is_allowed = np.unpackbits(mask, bitorder="little").tolist()
+        allowed = [token for token, bit in enumerate(is_allowed) if bit]
+        tokens = rng.sample(range(len(writer.token_bytes)), 200) + rng.sample(allowed, min(50, len(allowed)))
+        texts = [token for token in tokens if writer.token_bytes[token]]
+        assert [is_allowed[token] for token in texts] == [matcher.validate_tokens([one]) == 1 for one in texts]
+        matcher.consume_token(rng.choice(allowed))
+
+
 def test_the_suites_schemas_and_examples(writer: Writer) -> None:
     rng, num_accepted, num_written = random.Random(0), 0, 0
     for group in suite_groups():

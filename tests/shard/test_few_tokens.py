@@ -1,9 +1,18 @@
 """Rows sampled from the few tokens that they allow, against the same rows in their whole width."""
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from text_generation_kernels import reference, reference_sampling
+from text_generation_shard.changed_logits import DEFAULT_WATERMARK, ChangedLogits
+from text_generation_shard.cpu_execution import sequences_in_one_block
 from text_generation_shard.few_tokens import MAX_FEW_TOKENS, FewTokens
+from text_generation_shard.grammar_masks import StepMasks
+from text_generation_shard.input_batch import InputBatch
+from text_generation_shard.sampler import sample_tokens
+from text_generation_shard.step import LogitsChanges, NewSequence
+from text_generation_shard.step_inputs import BatchLimits
 
 VOCAB_SIZE = 3001  # the last word of a mask has bits for tokens that do not exist
 # How many tokens each mask allows.
@@ -67,6 +76,51 @@ def test_rows_do_not_depend_on_others() -> None:
     for row, mask_row in enumerate((2, 0, 1)):
         alone = FewTokens.find(masks, np.array([mask_row], np.int32), VOCAB_SIZE).logits(logits[row : row + 1])
         assert torch.equal(alone[0], together[row])
+
+
+class Masks:
+    """A step's masks that are there: one for each row."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self._words = words
+        self.mask_rows = np.arange(len(words), dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def wait(self, masks: np.ndarray) -> None:
+        masks[:] = self._words
+
+
+def test_a_neighbour_of_another_kind_changes_no_bit() -> None:
+    """One row more that wants to know its most likely tokens, or has a penalty: the others take the same way."""
+    rng, count = np.random.default_rng(4), 24
+    allowed, words = masks_of((300, 2000) * (count // 2) + (VOCAB_SIZE,), rng)
+    logits = torch.from_numpy(rng.normal(0, 3, (count + 1, VOCAB_SIZE)).astype(np.float32))
+    limits, ones = BatchLimits(VOCAB_SIZE, 16, 4, count + 1, count + 1, 64), np.ones(count + 1, np.int32)
+    inputs = sequences_in_one_block(ones, ones, limits.block_size)
+    sampled = []
+    for neighbour in ({}, {"top_n_tokens": 3}, {"changes": LogitsChanges(presence_penalty=1.0)}):
+        batch = InputBatch(limits)
+        changed = ChangedLogits(count + 1, VOCAB_SIZE, torch.device("cpu"), DEFAULT_WATERMARK)
+        for row in range(count):
+            top_n_tokens = 2 if neighbour and row < 2 else 0
+            settings = {"temperature": row % 4 / 2, "top_p": 0.9, "seed": row, "top_n_tokens": top_n_tokens}
+            batch.sampling.set(row, sequence(row, **settings))
+        batch.sampling.set(count, sequence(count, **neighbour))
+        changed.update(batch.sampling.take_row_changes())
+        assert batch.sampling.has_special == bool(neighbour)
+        sampled.append(sample_tokens(logits.clone(), batch, inputs, changed, cast(StepMasks, Masks(words))))
+    for one in sampled[1:]:
+        assert np.array_equal(one.token_ids[:count], sampled[0].token_ids[:count])
+        assert np.array_equal(one.logprobs[:count], sampled[0].logprobs[:count])
+        assert one.top_tokens is not None
+        assert one.top_tokens.num_tokens[:3].tolist() == [2, 2, 0]
+        assert allowed[[0, 0, 1, 1], one.top_tokens.token_ids[:4]].all()
+
+
+def sequence(number: int, **settings: Any) -> NewSequence:
+    return NewSequence(number, np.zeros(1, np.int32), 1, 0, np.zeros(1, np.int32), **settings)
 
 
 def test_no_row_allows_few() -> None:
