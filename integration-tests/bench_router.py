@@ -38,10 +38,9 @@ from bench_rows import (
     write_set,
 )
 from ideal_replay import Ideal, IdealRequest, Replay
-from simulated_shard import BLOCK_SIZE, StepTimes
+from simulated_shard import BLOCK_SIZE, DEVICE_NAME, MAX_POSITION_EMBEDDINGS, StepTimes
 from text_generation_router.config import RouterConfig
 from text_generation_router.limits import step_limits
-from text_generation_router.scheduler import SchedulerLimits
 from text_generation_router.shard_client import ShardInfo
 from text_generation_router.tokenizer import Tokenizer
 
@@ -129,9 +128,17 @@ def replay(row: Row, measured: Measured, tokenizer: Tokenizer, config: RouterCon
         if len(token_ids) != record["prompt_tokens"]:
             raise BenchmarkFailed(f"a prompt of {len(token_ids)} tokens was counted as {record['prompt_tokens']}")
         requests.append(IdealRequest(token_ids, request["max_tokens"], record["start_ns"] - start_ns))
-    info = ShardInfo("", "", vocab_size=0, max_position_embeddings=131_072, block_size=BLOCK_SIZE, num_layer_weights=0)
+    info = ShardInfo(
+        DEVICE_NAME,
+        dtype="",
+        vocab_size=0,
+        max_position_embeddings=MAX_POSITION_EMBEDDINGS,
+        block_size=BLOCK_SIZE,
+        num_layer_weights=times.num_layer_weights,
+        num_context_features=times.num_context_features,
+    )
     concurrency = None if row.rate is not None else row.concurrency or len(requests)
-    return Replay(times, SchedulerLimits(*step_limits(config, info)), requests).run(concurrency)
+    return Replay(times, step_limits(config, info), requests).run(concurrency)
 
 
 def compare(measured: Measured, ideal: Ideal) -> dict[str, Any]:

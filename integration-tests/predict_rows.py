@@ -19,12 +19,26 @@ from pathlib import Path
 from bench_rows import GPU_ROWS, BenchmarkFailed, Row, demo_tokenizer_folder, read_lines, select_rows, write_set
 from gpu_check.targets import TARGETS
 from ideal_replay import Ideal, IdealRequest, Replay
+from simulated_shard import BLOCK_SIZE
 from text_generation_kernels.benchmarks import prediction
-from text_generation_router.scheduler import SchedulerLimits
+from text_generation_router.config import RouterConfig
+from text_generation_router.limits import step_limits
+from text_generation_router.shard_client import ShardInfo
 from text_generation_router.tokenizer import Tokenizer
 
 KV_TOKENS = 500_000  # what an H100 holds beside the weights
-MAX_STEP_TOKENS, MAX_NUM_SEQUENCES = 2048, 1024
+QUERY_FEATURES, KV_FEATURES = prediction.HEADS * prediction.HEAD_DIM, prediction.KV_HEADS * prediction.HEAD_DIM
+H100 = ShardInfo(
+    "NVIDIA H100",
+    "bfloat16",
+    vocab_size=prediction.VOCABULARY,
+    max_position_embeddings=131_072,
+    block_size=BLOCK_SIZE,
+    num_layer_weights=prediction.LAYERS
+    * prediction.HIDDEN
+    * (2 * QUERY_FEATURES + 2 * KV_FEATURES + 3 * prediction.INNER),
+    num_context_features=prediction.LAYERS * QUERY_FEATURES,
+)
 MAX_SAMPLES = 256  # the head's product takes as long for fewer
 
 
@@ -44,9 +58,8 @@ class PredictedTimes:
 
 def replay(row: Row, requests: list[IdealRequest]) -> Ideal:
     """The row's requests in virtual time."""
-    limits = SchedulerLimits(MAX_STEP_TOKENS, MAX_NUM_SEQUENCES)
     concurrency = None if row.rate is not None else row.concurrency or len(requests)
-    return Replay(PredictedTimes(), limits, requests).run(concurrency)
+    return Replay(PredictedTimes(), step_limits(RouterConfig(), H100), requests).run(concurrency)
 
 
 def requests_of(row: Row, path: Path, tokenizer: Tokenizer, seed: int) -> list[IdealRequest]:

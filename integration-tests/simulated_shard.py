@@ -27,6 +27,8 @@ from text_generation_proto import columns, shard_pb2, shard_pb2_grpc
 from text_generation_proto.channel import CHANNEL_OPTIONS, shard_address
 
 PR_SET_TIMERSLACK = 29
+DEVICE_NAME = "simulated H100"
+MAX_POSITION_EMBEDDINGS = 131_072
 VOCAB_SIZE = 49_000  # below the demo tokenizer's, so that every id has a text
 BLOCK_SIZE = 16
 WAKE_EARLY_NS = 60_000  # a sleep overshoots by about this much on the 2-core machine
@@ -47,6 +49,8 @@ class StepTimes:
             values["attention_tflops"] * 1e12
         )
         self._fixed_seconds = values["fixed_ms"] / 1e3
+        self.num_layer_weights = int(values["flops_per_token"]) // 2
+        self.num_context_features: int = values["attention_flops_per_query_per_cached_token"] // 4
 
     def _matrix_products(self, num_rows: int) -> float:
         rows, seconds = self._rows, self._seconds
@@ -139,13 +143,15 @@ class SimulatedShard(shard_pb2_grpc.ShardServicer):
     def Info(self, request: object, context: object) -> shard_pb2.InfoReply:
         return shard_pb2.InfoReply(
             dtype="bfloat16",
-            device_name="simulated",
+            device_name=DEVICE_NAME,
             rank=0,
             world_size=1,
             vocab_size=49_152,
-            max_position_embeddings=131_072,
+            max_position_embeddings=MAX_POSITION_EMBEDDINGS,
             block_size=BLOCK_SIZE,
             pid=os.getpid(),
+            num_layer_weights=self._times.num_layer_weights,
+            num_context_features=self._times.num_context_features,
         )
 
     def Warmup(self, request: shard_pb2.WarmupRequest, context: object) -> shard_pb2.WarmupReply:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!text_generation_proto/shard.proto\x12\x18text_generation.shard.v1\"\r\n\x0bInfoRequest\"\xe3\x01\n\tInfoReply\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\n \x01(\r\x12\x13\n\x0b\x64\x65vice_uuid\x18\x0b \x01(\t\x12\x19\n\x11num_layer_weights\x18\x0c \x01(\x04J\x04\x08\x01\x10\x02J\x04\x08\t\x10\n\"w\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_num_sequences\x18\x02 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x04 \x01(\x04\"\'\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\rJ\x04\x08\x02\x10\x03\"V\n\x11VocabularyRequest\x12\x15\n\rtoken_lengths\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x15\n\reos_token_ids\x18\x03 \x01(\x0c\"\x11\n\x0fVocabularyReply\"!\n\x0eGrammarRequest\x12\x0f\n\x07grammar\x18\x01 \x01(\t\"\x1d\n\x0cGrammarReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"\xc7\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x38\n\x07\x63hanges\x18\x07 \x01(\x0b\x32\'.text_generation.shard.v1.LogitsChanges\x12\x14\n\x0ctop_n_tokens\x18\x08 \x01(\r\"\xe9\x01\n\rLogitsChanges\x12\x16\n\x0e\x62ias_token_ids\x18\x01 \x01(\x0c\x12\x13\n\x0b\x62ias_values\x18\x02 \x01(\x0c\x12\x15\n\rhas_watermark\x18\x03 \x01(\x08\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x02\x12\x15\n\rshare_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x18\n\x10\x62\x61nned_token_ids\x18\x08 \x01(\x0c\x12\x12\n\nmin_tokens\x18\t \x01(\r\"\x85\x02\n\x0bNewSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12>\n\x08sampling\x18\x06 \x01(\x0b\x32,.text_generation.shard.v1.SamplingParameters\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x15\n\rscores_prompt\x18\n \x01(\x08\x12\x1b\n\x13prompt_top_n_tokens\x18\x0b \x01(\r\"\x8e\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1c\n\x14removed_sequence_ids\x18\x02 \x01(\x0c\x12<\n\rnew_sequences\x18\x03 \x03(\x0b\x32%.text_generation.shard.v1.NewSequence\x12\x1a\n\x12grown_sequence_ids\x18\x04 \x01(\x0c\x12\x18\n\x10grown_num_blocks\x18\x05 \x01(\x0c\x12\x17\n\x0fgrown_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14prefill_sequence_ids\x18\x07 \x01(\x0c\x12\x1a\n\x12prefill_num_tokens\x18\x08 \x01(\x0c\x12\x0f\n\x07is_last\x18\t \x01(\x08\"\xfa\x03\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x1b\n\x13\x66\x61iled_sequence_ids\x18\x06 \x01(\x0c\x12\x18\n\x10\x66\x61ilure_messages\x18\x07 \x03(\t\x12\x12\n\nforward_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x0f\n\x07step_ns\x18\n \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0b \x01(\x04\x12\x0f\n\x07mask_ns\x18\x0c \x01(\x04\x12\x16\n\x0etop_num_tokens\x18\x14 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x15 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x16 \x01(\x0c\x12\x1b\n\x13scored_sequence_ids\x18\x17 \x01(\x0c\x12\x1e\n\x16scored_first_positions\x18\x18 \x01(\x0c\x12\x19\n\x11scored_num_tokens\x18\x19 \x01(\x0c\x12\x17\n\x0fscored_logprobs\x18\x1a \x01(\x0c\x12\x1b\n\x13scored_top_n_tokens\x18\x1b \x01(\r\x12\x1c\n\x14scored_top_token_ids\x18\x1c \x01(\x0c\x12\x1b\n\x13scored_top_logprobs\x18\x1d \x01(\x0cJ\x04\x08\x03\x10\x04\x32\xa7\x04\n\x05Shard\x12R\n\x04Info\x12%.text_generation.shard.v1.InfoRequest\x1a#.text_generation.shard.v1.InfoReply\x12X\n\x06Warmup\x12\'.text_generation.shard.v1.WarmupRequest\x1a%.text_generation.shard.v1.WarmupReply\x12\x64\n\nVocabulary\x12+.text_generation.shard.v1.VocabularyRequest\x1a).text_generation.shard.v1.VocabularyReply\x12[\n\x07Grammar\x12(.text_generation.shard.v1.GrammarRequest\x1a&.text_generation.shard.v1.GrammarReply\x12X\n\x06Health\x12\'.text_generation.shard.v1.HealthRequest\x1a%.text_generation.shard.v1.HealthReply\x12S\n\x03Run\x12\".text_generation.shard.v1.StepPlan\x1a$.text_generation.shard.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!text_generation_proto/shard.proto\x12\x18text_generation.shard.v1\"\r\n\x0bInfoRequest\"\x81\x02\n\tInfoReply\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x17max_position_embeddings\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\n \x01(\r\x12\x13\n\x0b\x64\x65vice_uuid\x18\x0b \x01(\t\x12\x19\n\x11num_layer_weights\x18\x0c \x01(\x04\x12\x1c\n\x14num_context_features\x18\r \x01(\x04J\x04\x08\x01\x10\x02J\x04\x08\t\x10\n\"w\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_num_sequences\x18\x02 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x03 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x04 \x01(\x04\"\'\n\x0bWarmupReply\x12\x12\n\nnum_blocks\x18\x01 \x01(\rJ\x04\x08\x02\x10\x03\"V\n\x11VocabularyRequest\x12\x15\n\rtoken_lengths\x18\x01 \x01(\x0c\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x0c\x12\x15\n\reos_token_ids\x18\x03 \x01(\x0c\"\x11\n\x0fVocabularyReply\"!\n\x0eGrammarRequest\x12\x0f\n\x07grammar\x18\x01 \x01(\t\"\x1d\n\x0cGrammarReply\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"\x0f\n\rHealthRequest\"\r\n\x0bHealthReply\"\xc7\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x38\n\x07\x63hanges\x18\x07 \x01(\x0b\x32\'.text_generation.shard.v1.LogitsChanges\x12\x14\n\x0ctop_n_tokens\x18\x08 \x01(\r\"\xe9\x01\n\rLogitsChanges\x12\x16\n\x0e\x62ias_token_ids\x18\x01 \x01(\x0c\x12\x13\n\x0b\x62ias_values\x18\x02 \x01(\x0c\x12\x15\n\rhas_watermark\x18\x03 \x01(\x08\x12\x1a\n\x12repetition_penalty\x18\x04 \x01(\x02\x12\x15\n\rshare_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x18\n\x10\x62\x61nned_token_ids\x18\x08 \x01(\x0c\x12\x12\n\nmin_tokens\x18\t \x01(\r\"\x85\x02\n\x0bNewSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12>\n\x08sampling\x18\x06 \x01(\x0b\x32,.text_generation.shard.v1.SamplingParameters\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x15\n\rscores_prompt\x18\n \x01(\x08\x12\x1b\n\x13prompt_top_n_tokens\x18\x0b \x01(\r\"\x8e\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1c\n\x14removed_sequence_ids\x18\x02 \x01(\x0c\x12<\n\rnew_sequences\x18\x03 \x03(\x0b\x32%.text_generation.shard.v1.NewSequence\x12\x1a\n\x12grown_sequence_ids\x18\x04 \x01(\x0c\x12\x18\n\x10grown_num_blocks\x18\x05 \x01(\x0c\x12\x17\n\x0fgrown_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14prefill_sequence_ids\x18\x07 \x01(\x0c\x12\x1a\n\x12prefill_num_tokens\x18\x08 \x01(\x0c\x12\x0f\n\x07is_last\x18\t \x01(\x08\"\xfa\x03\n\nStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x1b\n\x13\x66\x61iled_sequence_ids\x18\x06 \x01(\x0c\x12\x18\n\x10\x66\x61ilure_messages\x18\x07 \x03(\t\x12\x12\n\nforward_ns\x18\x08 \x01(\x04\x12\x11\n\tsample_ns\x18\t \x01(\x04\x12\x0f\n\x07step_ns\x18\n \x01(\x04\x12\x0f\n\x07idle_ns\x18\x0b \x01(\x04\x12\x0f\n\x07mask_ns\x18\x0c \x01(\x04\x12\x16\n\x0etop_num_tokens\x18\x14 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x15 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x16 \x01(\x0c\x12\x1b\n\x13scored_sequence_ids\x18\x17 \x01(\x0c\x12\x1e\n\x16scored_first_positions\x18\x18 \x01(\x0c\x12\x19\n\x11scored_num_tokens\x18\x19 \x01(\x0c\x12\x17\n\x0fscored_logprobs\x18\x1a \x01(\x0c\x12\x1b\n\x13scored_top_n_tokens\x18\x1b \x01(\r\x12\x1c\n\x14scored_top_token_ids\x18\x1c \x01(\x0c\x12\x1b\n\x13scored_top_logprobs\x18\x1d \x01(\x0cJ\x04\x08\x03\x10\x04\x32\xa7\x04\n\x05Shard\x12R\n\x04Info\x12%.text_generation.shard.v1.InfoRequest\x1a#.text_generation.shard.v1.InfoReply\x12X\n\x06Warmup\x12\'.text_generation.shard.v1.WarmupRequest\x1a%.text_generation.shard.v1.WarmupReply\x12\x64\n\nVocabulary\x12+.text_generation.shard.v1.VocabularyRequest\x1a).text_generation.shard.v1.VocabularyReply\x12[\n\x07Grammar\x12(.text_generation.shard.v1.GrammarRequest\x1a&.text_generation.shard.v1.GrammarReply\x12X\n\x06Health\x12\'.text_generation.shard.v1.HealthRequest\x1a%.text_generation.shard.v1.HealthReply\x12S\n\x03Run\x12\".text_generation.shard.v1.StepPlan\x1a$.text_generation.shard.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_start=63
   _globals['_INFOREQUEST']._serialized_end=76
   _globals['_INFOREPLY']._serialized_start=79
-  _globals['_INFOREPLY']._serialized_end=306
-  _globals['_WARMUPREQUEST']._serialized_start=308
-  _globals['_WARMUPREQUEST']._serialized_end=427
-  _globals['_WARMUPREPLY']._serialized_start=429
-  _globals['_WARMUPREPLY']._serialized_end=468
-  _globals['_VOCABULARYREQUEST']._serialized_start=470
-  _globals['_VOCABULARYREQUEST']._serialized_end=556
-  _globals['_VOCABULARYREPLY']._serialized_start=558
-  _globals['_VOCABULARYREPLY']._serialized_end=575
-  _globals['_GRAMMARREQUEST']._serialized_start=577
-  _globals['_GRAMMARREQUEST']._serialized_end=610
-  _globals['_GRAMMARREPLY']._serialized_start=612
-  _globals['_GRAMMARREPLY']._serialized_end=641
-  _globals['_HEALTHREQUEST']._serialized_start=643
-  _globals['_HEALTHREQUEST']._serialized_end=658
-  _globals['_HEALTHREPLY']._serialized_start=660
-  _globals['_HEALTHREPLY']._serialized_end=673
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=676
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=875
-  _globals['_LOGITSCHANGES']._serialized_start=878
-  _globals['_LOGITSCHANGES']._serialized_end=1111
-  _globals['_NEWSEQUENCE']._serialized_start=1114
-  _globals['_NEWSEQUENCE']._serialized_end=1375
-  _globals['_STEPPLAN']._serialized_start=1378
-  _globals['_STEPPLAN']._serialized_end=1648
-  _globals['_STEPRESULT']._serialized_start=1651
-  _globals['_STEPRESULT']._serialized_end=2157
-  _globals['_SHARD']._serialized_start=2160
-  _globals['_SHARD']._serialized_end=2711
+  _globals['_INFOREPLY']._serialized_end=336
+  _globals['_WARMUPREQUEST']._serialized_start=338
+  _globals['_WARMUPREQUEST']._serialized_end=457
+  _globals['_WARMUPREPLY']._serialized_start=459
+  _globals['_WARMUPREPLY']._serialized_end=498
+  _globals['_VOCABULARYREQUEST']._serialized_start=500
+  _globals['_VOCABULARYREQUEST']._serialized_end=586
+  _globals['_VOCABULARYREPLY']._serialized_start=588
+  _globals['_VOCABULARYREPLY']._serialized_end=605
+  _globals['_GRAMMARREQUEST']._serialized_start=607
+  _globals['_GRAMMARREQUEST']._serialized_end=640
+  _globals['_GRAMMARREPLY']._serialized_start=642
+  _globals['_GRAMMARREPLY']._serialized_end=671
+  _globals['_HEALTHREQUEST']._serialized_start=673
+  _globals['_HEALTHREQUEST']._serialized_end=688
+  _globals['_HEALTHREPLY']._serialized_start=690
+  _globals['_HEALTHREPLY']._serialized_end=703
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=706
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=905
+  _globals['_LOGITSCHANGES']._serialized_start=908
+  _globals['_LOGITSCHANGES']._serialized_end=1141
+  _globals['_NEWSEQUENCE']._serialized_start=1144
+  _globals['_NEWSEQUENCE']._serialized_end=1405
+  _globals['_STEPPLAN']._serialized_start=1408
+  _globals['_STEPPLAN']._serialized_end=1678
+  _globals['_STEPRESULT']._serialized_start=1681
+  _globals['_STEPRESULT']._serialized_end=2187
+  _globals['_SHARD']._serialized_start=2190
+  _globals['_SHARD']._serialized_end=2741
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size", "pid", "device_uuid", "num_layer_weights")
+    __slots__ = ("dtype", "device_name", "rank", "world_size", "vocab_size", "max_position_embeddings", "block_size", "pid", "device_uuid", "num_layer_weights", "num_context_features")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class InfoReply(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_FEATURES_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     device_name: str
     rank: int
@@ -32,7 +33,8 @@ class InfoReply(_message.Message):
     pid: int
     device_uuid: str
     num_layer_weights: int
-    def __init__(self, dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ..., pid: _Optional[int] = ..., device_uuid: _Optional[str] = ..., num_layer_weights: _Optional[int] = ...) -> None: ...
+    num_context_features: int
+    def __init__(self, dtype: _Optional[str] = ..., device_name: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., block_size: _Optional[int] = ..., pid: _Optional[int] = ..., device_uuid: _Optional[str] = ..., num_layer_weights: _Optional[int] = ..., num_context_features: _Optional[int] = ...) -> None: ...
 
 class WarmupRequest(_message.Message):
     __slots__ = ("max_step_tokens", "max_num_sequences", "max_sequence_length", "max_kv_tokens")

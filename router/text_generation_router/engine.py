@@ -32,7 +32,7 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.output import SequenceOutput
 from text_generation_router.plan_timing import PlanTiming
 from text_generation_router.publisher import Publisher
-from text_generation_router.scheduler import Scheduler, SchedulerLimits
+from text_generation_router.scheduler import Scheduler
 from text_generation_router.shard_client import ShardFailure, ShardProcess
 from text_generation_router.shard_group import ShardGroup, ShardSupply
 from text_generation_router.step import MAX_PLANS_IN_FLIGHT, PlanInFlight, StepPlan, StepResult
@@ -407,7 +407,7 @@ async def start_engine(config: RouterConfig, tokenizer: Tokenizer, metrics: Metr
     supply = ShardSupply(config, tokenizer, link)
     group, limits = await supply.first_group()
     blocks = BlockManager(group.num_blocks, group.info.block_size, config.prefix_caching)
-    scheduler = Scheduler(SchedulerLimits(*step_limits(config, group.info)), blocks, tokenizer.eos_token_ids)
+    scheduler = Scheduler(step_limits(config, group.info), blocks, tokenizer.eos_token_ids)
     metrics.set_limits(limits.max_input_tokens, limits.max_total_tokens)
     info = group.info
     metrics.processes.set_model(

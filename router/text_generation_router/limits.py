@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from text_generation_router.config import RouterConfig
+from text_generation_router.scheduler import SchedulerLimits
 from text_generation_router.shard_client import ShardInfo
-from text_generation_router.step_budget import default_step_tokens
+from text_generation_router.step_budget import default_step_tokens, equal_context
 
 DEFAULT_MAX_NUM_SEQUENCES = 1024
 
@@ -45,15 +46,13 @@ def queue_limits(config: RouterConfig, max_kv_tokens: int) -> QueueLimits:
     return QueueLimits(max_prompt_tokens, config.queue_timeout, config.request_timeout)
 
 
-def step_limits(config: RouterConfig, info: ShardInfo) -> tuple[int, int]:
-    """The token budget of a step, and the most sequences in a batch.
-
-    A full batch of decodes leaves at least half of the budget to prefill.
-    """
+def step_limits(config: RouterConfig, info: ShardInfo) -> SchedulerLimits:
+    """What a step and the batch may hold: a full batch of decodes leaves at least half of the budget to prefill."""
     derived = default_step_tokens(info.device_name, info.num_layer_weights)
     bounds = (derived, info.max_position_embeddings, config.max_batch_total_tokens)
     budget = config.max_batch_prefill_tokens or min(bound for bound in bounds if bound)
-    return budget, max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
+    max_num_sequences = max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
+    return SchedulerLimits(budget, max_num_sequences, equal_context(info.num_layer_weights, info.num_context_features))
 
 
 def derive_limits(config: RouterConfig, info: ShardInfo, num_blocks: int) -> Limits:

@@ -9,6 +9,7 @@ execute in order: a block freed here may be given away at once, since a step tha
 the step of its new owner.
 """
 
+import math
 from bisect import insort
 from dataclasses import dataclass
 from itertools import repeat
@@ -22,6 +23,8 @@ from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
 
+# A step whose prompts have long contexts has so many parts fewer of its budget: recorded steps have such sizes.
+NUM_BUDGET_PARTS = 4
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
 MAX_LOSSES = 2  # of the shards while one sequence ran: it may have caused them
 
@@ -32,6 +35,7 @@ class SchedulerLimits:
 
     max_step_tokens: int  # token budget of one step
     max_num_sequences: int  # sequences in the batch
+    equal_context: float = math.inf  # cached tokens whose attention takes a token as long as all products do
 
 
 @dataclass(slots=True)
@@ -213,10 +217,28 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, plan: StepPlan) -> int:
         """How many tokens budget and blocks let a prefilling sequence compute now."""
         room = (len(sequence.block_table) + self.blocks.num_available) * self.blocks.block_size
-        return min(self._budget(plan), room - sequence.num_computed_tokens, sequence.num_wanted_tokens)
+        num_computed = sequence.num_computed_tokens
+        return min(self._budget(plan, num_computed), room - num_computed, sequence.num_wanted_tokens)
 
-    def _budget(self, plan: StepPlan) -> int:
-        return self.limits.max_step_tokens - plan.num_decode_tokens - plan.num_prefill_tokens
+    def _budget(self, plan: StepPlan, num_context_tokens: int) -> int:
+        """How many tokens behind such a context still have room in the step.
+
+        While others decode, attention to the context counts like tokens, so that it does not hold them up for longer:
+        the step then ends at a whole part of the budget, and a step without a prompt has room for some of one.
+        """
+        num_tokens = plan.num_decode_tokens + plan.num_prefill_tokens
+        limit = self.limits.max_step_tokens
+        if plan.num_decode_tokens:
+            part = max(1, limit // NUM_BUDGET_PARTS)
+            num_left = (limit - plan.num_decode_tokens - plan.prefill_cost) / self._token_cost(num_context_tokens)
+            num_parts = round((num_tokens + num_left) / part)
+            if not plan.num_prefill_tokens:
+                num_parts = max(num_parts, num_tokens // part + 1)
+            limit = min(limit, num_parts * part)
+        return max(0, limit - num_tokens)
+
+    def _token_cost(self, num_context_tokens: float) -> float:
+        return 1 + num_context_tokens / self.limits.equal_context
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self._return_to_queue(sequence)
@@ -239,7 +261,7 @@ class Scheduler:
         if plan.num_preempted or len(self.running) >= self.limits.max_num_sequences or self._has_trial():
             return
         for sequence in self.waiting:
-            if len(self.running) >= self.limits.max_num_sequences or self._budget(plan) <= 0:
+            if len(self.running) >= self.limits.max_num_sequences or self._budget(plan, 0) <= 0:
                 return
             if sequence.step_last_planned > self._last_step_ended:
                 return  # preempted, and a plan that names it is still in flight
@@ -248,7 +270,7 @@ class Scheduler:
             hits = self._prefixes.find(sequence)
             if sequence.awaited_key is not None:
                 continue
-            if not self._fits(sequence, hits):
+            if not self._fits(sequence, hits) or self._budget(plan, len(hits) * self.blocks.block_size) <= 0:
                 return
             self._join_batch(sequence, hits, plan)
             if sequence.is_suspect:
@@ -334,6 +356,7 @@ class Scheduler:
         plan.prefill_sequence_ids.append(sequence.sequence_id)
         plan.prefill_num_tokens.append(num_tokens)
         plan.num_prefill_tokens += num_tokens
+        plan.prefill_cost += num_tokens * self._token_cost(sequence.num_computed_tokens)
         self._compute(sequence, num_tokens, plan)
 
     def _compute(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:

@@ -46,6 +46,7 @@ class ShardInfo:
     max_position_embeddings: int
     block_size: int
     num_layer_weights: int
+    num_context_features: int
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class ShardClient:
             max_position_embeddings=reply.max_position_embeddings,
             block_size=reply.block_size,
             num_layer_weights=reply.num_layer_weights,
+            num_context_features=reply.num_context_features,
         )
 
     async def warm_up(

@@ -99,7 +99,10 @@ class ShardSupply:
         shards = ShardClient(config.shard_uds_path, config.world_size)
         try:
             info = await shards.info()
-            num_blocks = await shards.warm_up(*step_limits(config, info), max_total_tokens, max_kv_tokens)
+            limits = step_limits(config, info)
+            num_blocks = await shards.warm_up(
+                limits.max_step_tokens, limits.max_num_sequences, max_total_tokens, max_kv_tokens
+            )
             tokens = self._tokenizer.grammar_tokens(info.vocab_size)
             if tokens is not None and not config.disable_grammar_support:
                 await shards.load_vocabulary(*tokens)

@@ -60,6 +60,10 @@ class ModelConfig:
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) // world_size
 
+    def num_context_features(self, world_size: int) -> int:
+        """Of one of so many ranks: the features of a token's queries, in all layers without a sliding window."""
+        return self.sliding_windows.count(None) * self.num_heads * self.head_dim // world_size
+
     def check_divisible(self, world_size: int) -> None:
         """Refuse a number of shards that the heads or the MLP cannot be split among."""
         for name, count in (

@@ -34,6 +34,7 @@ class ModelInfo:
     vocab_size: int
     max_position_embeddings: int
     num_layer_weights: int = 0  # of this rank: those that every token is multiplied with
+    num_context_features: int = 0  # of this rank's queries, where they attend to the whole context
     device_uuid: str = ""  # of a GPU
 
 

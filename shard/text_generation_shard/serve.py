@@ -161,6 +161,7 @@ def _model_info(config: ModelConfig, device: torch.device) -> ModelInfo:
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         num_layer_weights=config.num_layer_weights(distributed.world_size()),
+        num_context_features=config.num_context_features(distributed.world_size()),
         # As the driver's tools write it.
         device_uuid="" if properties is None else f"GPU-{properties.uuid}",
     )

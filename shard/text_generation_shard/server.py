@@ -138,6 +138,7 @@ class ShardService(ShardServicer):
             pid=os.getpid(),
             device_uuid=info.device_uuid,
             num_layer_weights=info.num_layer_weights,
+            num_context_features=info.num_context_features,
         )
 
     def Warmup(self, request: pb.WarmupRequest, context: grpc.ServicerContext) -> pb.WarmupReply:

@@ -328,7 +328,7 @@ def only_group():
 
     def make(shards, num_blocks: int) -> tuple[NoMoreGroups, ShardGroup]:
         return NoMoreGroups(), ShardGroup(
-            shards, NeverStuck(), ShardInfo("cpu", "float32", 257, 256, 4, 1000), num_blocks
+            shards, NeverStuck(), ShardInfo("cpu", "float32", 257, 256, 4, 1000, 0), num_blocks
         )
 
     return make

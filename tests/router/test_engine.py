@@ -118,7 +118,7 @@ class FakeSupply:
 
 
 def as_group(shards: FakeShards, num_blocks: int = 64) -> ShardGroup:
-    return ShardGroup(shards, shards.progress, ShardInfo("cpu", "float32", 257, 256, 4, 1000), num_blocks)
+    return ShardGroup(shards, shards.progress, ShardInfo("cpu", "float32", 257, 256, 4, 1000, 0), num_blocks)
 
 
 def run_with_engine(

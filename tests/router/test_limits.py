@@ -8,6 +8,7 @@ from text_generation_router.limits import (
     derive_limits,
     step_limits,
 )
+from text_generation_router.scheduler import SchedulerLimits
 from text_generation_router.shard_client import ShardInfo
 from text_generation_router.step_budget import MAX_STEP_TOKENS, MIN_STEP_TOKENS
 
@@ -16,8 +17,10 @@ H100 = "NVIDIA H100 80GB HBM3"
 WEIGHTS_8B = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14_336)
 
 
-def info_with(max_position_embeddings, device_name="cpu", num_layer_weights=1000):
-    return ShardInfo(device_name, "bfloat16", 300, max_position_embeddings, BLOCK_SIZE, num_layer_weights)
+def info_with(max_position_embeddings, device_name="cpu", num_layer_weights=1000, num_context_features=0):
+    return ShardInfo(
+        device_name, "bfloat16", 300, max_position_embeddings, BLOCK_SIZE, num_layer_weights, num_context_features
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,20 +65,20 @@ def test_limits_that_contradict(flags, num_blocks, reason):
     ],
 )
 def test_limits_on_steps(flags, num_positions, expected):
-    assert step_limits(RouterConfig(**flags), info_with(num_positions)) == expected
+    assert step_limits(RouterConfig(**flags), info_with(num_positions)) == SchedulerLimits(*expected)
 
 
 @pytest.mark.parametrize(
     ("device_name", "num_layer_weights", "budget"),
     [
-        (H100, WEIGHTS_8B, 2048),
-        ("NVIDIA H200", WEIGHTS_8B, 2048),
+        (H100, WEIGHTS_8B, 1536),
+        ("NVIDIA H200", WEIGHTS_8B, 1536),
         ("NVIDIA A100-SXM4-80GB", WEIGHTS_8B, 512),
         ("NVIDIA GeForce RTX 4090", WEIGHTS_8B, 256),
-        ("NVIDIA L40S", WEIGHTS_8B, 1024),
-        ("NVIDIA L40", WEIGHTS_8B, 512),
+        ("NVIDIA L40S", WEIGHTS_8B, 512),
+        ("NVIDIA L40", WEIGHTS_8B, 256),
         ("NVIDIA L4", WEIGHTS_8B, 256),
-        (H100, 31 * 10**9, 512),
+        (H100, 31 * 10**9, 256),
         ("NVIDIA A100-SXM4-80GB", 10**9, MAX_STEP_TOKENS),
         ("NVIDIA A100-SXM4-80GB", 68 * 10**9, MIN_STEP_TOKENS),
         ("NVIDIA A100-SXM4-80GB", 68 * 10**9 // 8, 512),  # a rank's share
@@ -84,5 +87,13 @@ def test_limits_on_steps(flags, num_positions, expected):
 )
 def test_the_derived_budget_follows_gpu_and_model(device_name, num_layer_weights, budget):
     info = info_with(131_072, device_name, num_layer_weights)
-    assert step_limits(RouterConfig(), info) == (budget, budget // 2)
-    assert step_limits(RouterConfig(max_batch_prefill_tokens=100), info)[0] == 100
+    assert step_limits(RouterConfig(), info) == SchedulerLimits(budget, budget // 2)
+    assert step_limits(RouterConfig(max_batch_prefill_tokens=100), info).max_step_tokens == 100
+
+
+def test_a_context_counts_as_much_as_its_attention_takes():
+    features = 32 * 32 * 128
+    equal_context = step_limits(RouterConfig(), info_with(131_072, H100, WEIGHTS_8B, features)).equal_context
+    # As an H100 measured them: 700 TFLOP/s products, 430 TFLOP/s attention; keys and values, multiplied and added.
+    products_s, attention_s = 2 * WEIGHTS_8B / 700e12, 2 * 2 * features * equal_context / 430e12
+    assert attention_s == pytest.approx(products_s, rel=0.05)

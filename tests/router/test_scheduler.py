@@ -10,6 +10,7 @@ writes nothing at all: who reads its blocks gets a wrong token, or fails.
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
@@ -258,13 +259,14 @@ def actions(prompts: st.SearchStrategy[list[int]], is_refused: st.SearchStrategy
     block_size=st.sampled_from([4, 5]),
     max_num_sequences=st.integers(1, 8),
     extra_budget=st.integers(0, 20),
+    equal_context=st.sampled_from([math.inf, 2.0, 10.0]),
     depth=st.integers(1, 3),
     caching=st.booleans(),
 )
 def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
-    actions, num_blocks, block_size, max_num_sequences, extra_budget, depth, caching
+    actions, num_blocks, block_size, max_num_sequences, extra_budget, equal_context, depth, caching
 ):
-    limits = SchedulerLimits(max_num_sequences + extra_budget, max_num_sequences)
+    limits = SchedulerLimits(max_num_sequences + extra_budget, max_num_sequences, equal_context)
     harness = Harness(num_blocks, block_size, limits, depth, caching)
     sequences, cancelled, culprits = [], set(), set()
     for action in actions:
@@ -294,6 +296,47 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
         else:
             assert generated == tokens
             assert harness.reasons[sequence.sequence_id] is reason
+
+
+def chunks_of_a_long_prompt(has_neighbours: bool) -> list[tuple[int, int]]:
+    """How many tokens decode in each of its steps, and how many are its own."""
+    harness = Harness(400, 4, SchedulerLimits(64, 32, equal_context=100.0))
+    if has_neighbours:
+        for first in range(20):
+            harness.add(make_request([first, 1], 60, ignore_eos=True))
+        harness.advance()
+    harness.add(make_request(list(range(600)), 1))
+    chunks = []
+    schedule = harness.scheduler.schedule
+
+    def schedule_and_note() -> StepPlan | None:
+        plan = schedule()
+        if plan is not None and plan.num_prefill_tokens:
+            chunks.append((plan.num_decode_tokens, plan.num_prefill_tokens))
+        return plan
+
+    harness.scheduler.schedule = schedule_and_note
+    harness.run_until_idle()
+    return chunks
+
+
+def test_a_long_context_takes_fewer_tokens_of_a_step_while_others_decode():
+    chunks = chunks_of_a_long_prompt(has_neighbours=True)
+    position = 0
+    for num_decodes, num_tokens in chunks:
+        cost = num_decodes + num_tokens * (1 + position / 100)
+        # As near to the budget as whole quarters of it allow, or the one quarter that a prompt always gets.
+        half_part = 8 * (1 + position / 100)
+        assert abs(cost - 64) <= half_part or num_decodes + num_tokens == 32
+        position += num_tokens
+        assert not (num_decodes + num_tokens) % 16 or position == 600
+    assert chunks[0] == (20, 44)
+    assert chunks[-2] == (20, 12)
+    assert position == 600
+
+
+def test_a_long_context_alone_has_the_whole_budget():
+    assert chunks_of_a_long_prompt(has_neighbours=False) == [(0, 64)] * 9 + [(0, 24)]
 
 
 def test_a_small_memory_preempts_and_everything_still_comes_out_right():

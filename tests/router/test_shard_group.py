@@ -10,7 +10,7 @@ from text_generation_router.limits import Limits
 from text_generation_router.shard_client import ShardFailure, ShardInfo
 from text_generation_router.shard_group import ShardGroup, ShardSupply
 
-INFO = ShardInfo("cpu", "float32", 257, 256, 4, 1000)
+INFO = ShardInfo("cpu", "float32", 257, 256, 4, 1000, 0)
 LOST = ShardFailure("gone")
 
 

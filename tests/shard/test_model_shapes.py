@@ -97,6 +97,11 @@ def test_tensors_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
     matrices = [shape for key, shape in expected.items() if key.startswith("model.layers.") and len(shape) == 2]
     assert config.num_layer_weights(1) == sum(map(math.prod, matrices))
+    query_features = [shape[0] for key, shape in expected.items() if key.endswith("q_proj.weight")]
+    windows = config.sliding_windows
+    assert config.num_context_features(1) == sum(
+        features for features, window in zip(query_features, windows, strict=True) if window is None
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -109,3 +114,4 @@ def test_ranks_share_matrices_and_nothing_else(name: str, world_size: int, tmp_p
             is_norm = "norm" in key
             assert part.numel() * (1 if is_norm else world_size) == whole[key].numel(), key
     assert config.num_layer_weights(world_size) * world_size == config.num_layer_weights(1)
+    assert config.num_context_features(world_size) * world_size == config.num_context_features(1)

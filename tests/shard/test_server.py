@@ -455,7 +455,7 @@ def test_info_health_and_a_second_warm_up(shards: Shards) -> None:
         assert info == pb.InfoReply(
             dtype="float32", device_name="cpu", rank=rank, world_size=world_size, vocab_size=96,
             max_position_embeddings=128, block_size=16, pid=shards.processes[rank].pid,
-            num_layer_weights=2 * (3072 + 3 * 2048) // world_size,
+            num_layer_weights=2 * (3072 + 3 * 2048) // world_size, num_context_features=2 * 32 // world_size,
         )  # fmt: skip
         stub.Health(pb.HealthRequest(), timeout=TIMEOUT_S)
         assert stub.Warmup(WARM_UP, timeout=TIMEOUT_S).num_blocks == NUM_BLOCKS
