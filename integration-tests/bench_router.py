@@ -44,7 +44,7 @@ from text_generation_router.limits import step_limits
 from text_generation_router.shard_client import ShardInfo
 from text_generation_router.tokenizer import Tokenizer
 
-CONFIG = {"max_concurrent_requests": 2000, "max_batch_prefill_tokens": 2048}
+CONFIG = {"max_concurrent_requests": 2000}
 PAIR_REQUESTS = 120
 WARM_UP = Row("warm-up", "warm-up", concurrency=4)
 KEPT = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
