@@ -6,17 +6,22 @@ Prints JSON lines. `unloaded`: one request after the other. `capacity`: as many 
 `overload`: requests come at three times the rate that the capacity row had; the limit on TTFT is twice the unloaded
 p99 and the time in which as many requests as the limit allows are served. `fairness`: two API keys before a batch of
 half the limit; key B sends a few requests, once beside a flood from key A and once beside the same flood under its own.
+`probes`: a thousand long prompts come at once, and each is refused once its tokens are counted; meanwhile another
+process asks for the server's health.
 """
 
 import argparse
 import asyncio
 import dataclasses
 import json
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from bench_rows import BenchmarkFailed, demo_tokenizer_folder
 LIMIT = 64
 FLOOD = 3.0  # times the capacity
 OWN_SHARE = 0.1  # of the capacity: what key B sends for itself
+NUM_LONG, LONG_WORDS, LONG_LIMIT = 1000, 4000, 1000  # prompts, words of one, tokens that one may have
 KEYS = {"a": "key-of-a", "b": "key-of-b"}
 WORDS = ("stone", "river", "paper", "seven", "window", "green", "under", "copper", "letter", "north", "often", "glass")
 
@@ -44,21 +50,22 @@ class Outcome:
 class Client:
     """Sends requests, no two with the same prompt, and notes what becomes of them."""
 
-    def __init__(self, session: aiohttp.ClientSession, choices: random.Random) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, choices: random.Random) -> None:
         self._session = session
+        self.url = url
         self._choices = choices
         self.outcomes: list[Outcome] = []
 
-    def _body(self) -> dict[str, Any]:
+    def _body(self, num_words: int | None) -> dict[str, Any]:
         choices = self._choices
-        words = choices.choices(WORDS, k=choices.randrange(50, 400))
+        words = choices.choices(WORDS, k=num_words or choices.randrange(50, 400))
         prompt = f"{choices.getrandbits(64):x} {' '.join(words)}"
         return {"prompt": prompt, "max_tokens": choices.randrange(16, 128), "stream": True, "ignore_eos": True}
 
-    async def send(self, key: str | None, is_own: bool = False) -> None:
+    async def send(self, key: str | None, is_own: bool = False, num_words: int | None = None) -> None:
         """One request, read to its end."""
         headers = {} if key is None else {"Authorization": f"Bearer {KEYS[key]}"}
-        body, ttft_s, started_s = self._body(), 0.0, time.monotonic()
+        body, ttft_s, started_s = self._body(num_words), 0.0, time.monotonic()
         async with self._session.post("/v1/completions", json=body, headers=headers) as response:
             async for line in response.content:
                 if line.strip() and not ttft_s:
@@ -83,6 +90,16 @@ class Client:
                 await self.send(key)
 
         await asyncio.gather(*(repeat() for _ in range(concurrency)))
+
+
+def ask_for_health(url: str, connection: Connection) -> None:
+    """Ask a hundred times a second until told to end; sends the seconds that each answer took. All must be good."""
+    took_s = []
+    while not connection.poll(0.01):
+        started_s = time.monotonic()
+        with urllib.request.urlopen(f"{url}/health"):
+            took_s.append(time.monotonic() - started_s)
+    connection.send(took_s)
 
 
 def percentiles(seconds: Iterable[float], name: str) -> dict[str, float]:
@@ -126,7 +143,7 @@ class Benchmark:
         async def run(url: str) -> tuple[list[Outcome], float]:
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(url, connector=connector) as session:
-                client = Client(session, random.Random(self._seed))
+                client = Client(session, url, random.Random(self._seed))
                 key = "a" if "api_keys_file" in config else None
                 await asyncio.gather(*(client.send(key) for _ in range(8)))  # warm up
                 client.outcomes.clear()
@@ -177,6 +194,27 @@ class Benchmark:
             shown = {"name": f"fairness-flood-of-{flooding}", "capacity_per_s": capacity, **own}
             print(json.dumps({**shown, "flood": others}), flush=True)
 
+    def probes(self) -> None:
+        """One row, of the prober's answers."""
+        took_s: list[float] = []
+
+        async def send_long(client: Client) -> None:
+            context = multiprocessing.get_context("spawn")
+            here, there = context.Pipe()
+            prober = context.Process(target=ask_for_health, args=(client.url, there))
+            prober.start()
+            await asyncio.gather(*(client.send(None, num_words=LONG_WORDS) for _ in range(NUM_LONG)))
+            here.send("end")
+            took_s.extend(here.recv())
+            prober.join()
+
+        config = {"max_concurrent_requests": NUM_LONG, "max_input_tokens": LONG_LIMIT}
+        outcomes, seconds = self._run(send_long, **config)
+        if {outcome.status for outcome in outcomes} != {422}:
+            raise BenchmarkFailed("a long prompt was not refused for its length")
+        row = {"seconds": round(seconds, 1), "probes": len(took_s), **percentiles(took_s, "health")}
+        print(json.dumps({"name": "probes", **row, "health_max_ms": round(max(took_s) * 1e3, 1)}), flush=True)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,6 +229,7 @@ def main() -> None:
         benchmark = Benchmark(config, arguments.seconds, arguments.seed)
         benchmark.overload()
         benchmark.fairness(keys_file)
+        benchmark.probes()
 
 
 if __name__ == "__main__":

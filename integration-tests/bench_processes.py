@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bench_rows import BenchmarkFailed
 
 FOLDER = Path(__file__).parent
 START_TIMEOUT_S = 120.0
+_SAMPLING = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.1"}
 _READY = re.compile(r"Ready on \S+ port (\d+)")
 
 
@@ -48,10 +50,13 @@ class RouterUnderLoad:
 
 
 @contextlib.contextmanager
-def start_router(config: dict[str, Any], profile: Path | None, is_silent: bool = False) -> Iterator[RouterUnderLoad]:
+def start_router(
+    config: dict[str, Any], profile: Path | None, is_silent: bool = False, environment: Mapping[str, str] | None = None
+) -> Iterator[RouterUnderLoad]:
     """Shard and router, ended with the block.
 
     `profile` is where profiled_router.py writes, if it should run; `is_silent`: run silent_router.py instead.
+    `environment` are variables that the router has beside this process's own.
     """
     with tempfile.TemporaryDirectory(prefix="tg-", dir="/tmp") as name, contextlib.ExitStack() as ends:
         run_folder = Path(name)
@@ -65,11 +70,23 @@ def start_router(config: dict[str, Any], profile: Path | None, is_silent: bool =
         shard = [sys.executable, str(FOLDER / "simulated_shard.py"), uds_path, name]
         router = [sys.executable, *module, "--config-json", json.dumps({**config, **own})]
         ends.enter_context(_running(shard, run_folder / "shard.log"))
-        process = ends.enter_context(_running(router, run_folder / "router.log"))
+        process = ends.enter_context(_running(router, run_folder / "router.log", environment))
         ports = run_folder / "router.json"
         _wait_for(ports.exists, process, "the router")
         url = f"http://127.0.0.1:{json.loads(ports.read_text())['port']}"
         yield RouterUnderLoad(url, process, run_folder / "steps.bin")
+
+
+@contextlib.contextmanager
+def start_traced_router(config: dict[str, Any]) -> Iterator[RouterUnderLoad]:
+    """Shard, collector and a router that traces a tenth of its requests, ended with the block."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        output = Path(name, "port")
+        with _running([sys.executable, str(FOLDER / "silent_collector.py")], output) as collector:
+            _wait_for(lambda: output.read_text().endswith("\n"), collector, "the collector")
+            endpoint = f"http://127.0.0.1:{output.read_text().strip()}"
+            with start_router({**config, "otlp_endpoint": endpoint}, None, environment=_SAMPLING) as router:
+                yield router
 
 
 @contextlib.contextmanager
@@ -101,9 +118,12 @@ def _is_healthy(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log_path: Path) -> Iterator[psutil.Popen]:
+def _running(
+    command: list[str], log_path: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[psutil.Popen]:
     """A process, ended with the block; the end of its log is shown if it does not end well."""
-    with log_path.open("wb") as log, psutil.Popen(command, stdout=log, stderr=log) as process:
+    variables = {**os.environ, **(environment or {})}
+    with log_path.open("wb") as log, psutil.Popen(command, stdout=log, stderr=log, env=variables) as process:
         try:
             yield process
         finally:

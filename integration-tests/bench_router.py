@@ -1,15 +1,16 @@
 """Measures the router: the real process before a simulated shard that takes an H100's time.
 
     python integration-tests/bench_router.py [--rows chat-c1,chat-all] [--seed 1] [--config JSON] [--profile FILE]
-    python integration-tests/bench_router.py --metrics-pairs 5 [--rows chat-c32]
+    python integration-tests/bench_router.py --observed-pairs 5 [--rows chat-c32]
 
 Prints one JSON line for each row. Each row has a router and a shard of its own, so that rows do not depend on what
 others left in the prefix cache. What is compared: `out_tok_s` with `ideal_tok_s`, the same requests through the same
 scheduler without any overhead (ideal_replay.py), and `idle_share`, the part of the time with open requests in which
 no step ran. Imports the router for that replay alone; what is measured is a process of its own.
 
-`--metrics-pairs` tells what recording metrics costs instead: so many times a row's first requests before the router and
-before the router with nothing recorded (silent_router.py), in turns; CPU time per token of each run, and the medians.
+`--observed-pairs` tells what metrics and traces cost instead: so many times a row's first requests before the router
+that also traces a tenth of them, to a collector that takes the spans, and before one that records and traces nothing
+(silent_router.py), in turns; CPU time per token of each run, and the median of the pairs' ratios.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_processes import RouterUnderLoad, start_router
+from bench_processes import RouterUnderLoad, start_router, start_traced_router
 from bench_rows import (
     ROUTER_ROWS,
     BenchmarkFailed,
@@ -45,7 +46,7 @@ from text_generation_router.shard_client import ShardInfo
 from text_generation_router.tokenizer import Tokenizer
 
 CONFIG = {"max_concurrent_requests": 2000}
-PAIR_REQUESTS = 120
+PAIR_REQUESTS = 400
 WARM_UP = Row("warm-up", "warm-up", concurrency=4)
 KEPT = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p99_ms")
 COUNTERS = {"preemptions": "tgi_preemptions", "prefix_hit_tokens": "tgi_prefix_cache_hit_tokens"}
@@ -163,19 +164,19 @@ def compare(measured: Measured, ideal: Ideal) -> dict[str, Any]:
     }
 
 
-def compare_metrics(row: Row, num_pairs: int, config: dict[str, Any], requests: Path, folder: Path) -> dict[str, Any]:
-    """CPU time per token with metrics and without, in microseconds: each run's, and the median of the pairs' ratios."""
+def compare_observed(row: Row, num_pairs: int, config: dict[str, Any], requests: Path, folder: Path) -> dict[str, Any]:
+    """CPU microseconds per token with metrics and traces and with neither: each run's, and the median ratio."""
     short = dataclasses.replace(row, num_requests=min(row.num_requests or PAIR_REQUESTS, PAIR_REQUESTS))
     costs: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 * num_pairs):
         is_silent = number % 4 in (1, 2)  # neither is always the first of its pair
-        with start_router(config, None, is_silent) as router:
+        with start_router(config, None, is_silent=True) if is_silent else start_traced_router(config) as router:
             warm_up(router, folder, is_profiled=False)
             costs[is_silent].append(measure(short, router, requests, folder).figures["router_cpu_us_per_token"])
-    ratios = [with_metrics / without for with_metrics, without in zip(costs[False], costs[True], strict=True)]
+    ratios = [observed / silent for observed, silent in zip(costs[False], costs[True], strict=True)]
     return {
-        "with_metrics": costs[False],
-        "without": costs[True],
+        "observed": costs[False],
+        "silent": costs[True],
         "median_ratio": round(statistics.median(ratios), 4),
         "spread_of_equal_runs": [round(max(values) / min(values) - 1, 4) for values in costs.values()],
     }
@@ -202,7 +203,9 @@ def main() -> None:
         type=Path,
         help="sample the router's stacks into this file, and show where its CPU time went; for one row",
     )
-    parser.add_argument("--metrics-pairs", type=int, default=0, help="measure what metrics cost, so many times")
+    parser.add_argument(
+        "--observed-pairs", type=int, default=0, help="measure what metrics and traces cost, so many times"
+    )
     arguments = parser.parse_args()
     rows = select_rows(ROUTER_ROWS, [name for name in arguments.rows.split(",") if name])
     if arguments.profile is not None and len(rows) != 1:
@@ -215,8 +218,8 @@ def main() -> None:
         tokenizer = Tokenizer(config["tokenizer_folder"], num_threads=1)
         for row in rows:
             path = write_set(row.request_set, folder, Path(config["tokenizer_folder"]), arguments.seed)
-            if arguments.metrics_pairs:
-                pairs = compare_metrics(row, arguments.metrics_pairs, config, path, folder)
+            if arguments.observed_pairs:
+                pairs = compare_observed(row, arguments.observed_pairs, config, path, folder)
                 print(json.dumps({"name": row.name, **pairs}), flush=True)
                 continue
             with start_router(config, arguments.profile) as router:

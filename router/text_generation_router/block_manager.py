@@ -27,7 +27,8 @@ class BlockManager:
         """Begin with `num_blocks` free ones; whatever was held or cached is forgotten."""
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_touched = 0  # blocks from this id on were never used
+        self._free: list[int] = []  # those that were, and are free
         self._num_holders = [0] * num_blocks
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
@@ -36,7 +37,7 @@ class BlockManager:
     @property
     def num_available(self) -> int:
         """Blocks that can be allocated now; cached ones count, they are given up when needed."""
-        return len(self._free) + len(self._cached)
+        return self.num_blocks - self._num_touched + len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
@@ -57,10 +58,18 @@ class BlockManager:
         assert count <= self.num_available
         blocks = []
         for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
+            block = self._take()
             self._num_holders[block] = 1
             blocks.append(block)
         return blocks
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._num_touched < self.num_blocks:
+            self._num_touched += 1
+            return self._num_touched - 1
+        return self._evict()
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
@@ -119,7 +128,8 @@ class BlockManager:
     def check(self) -> None:
         """Assert that every block is in exactly one state."""
         num_held = sum(holders > 0 for holders in self._num_holders)
-        assert num_held + len(self._free) + len(self._cached) == self.num_blocks
+        assert num_held + len(self._free) + len(self._cached) == self._num_touched
+        assert not any(self._num_holders[self._num_touched :])
         assert len(set(self._free)) == len(self._free)
         assert not set(self._free) & set(self._cached)
         assert all(block in self._hash_of_block for block in self._cached)

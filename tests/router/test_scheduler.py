@@ -11,6 +11,7 @@ writes nothing at all: who reads its blocks gets a wrong token, or fails.
 import dataclasses
 import hashlib
 import math
+import sys
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
@@ -578,6 +579,19 @@ def test_a_refused_sequence_does_not_disturb_those_that_share_what_both_have_fou
     harness.run_until_idle()
     assert harness.generated[sharer.sequence_id] == expected_tokens(sharer.request)[0]
     assert sharer.num_preemptions == 0
+
+
+def test_blocks_that_were_never_used_cost_no_objects():
+    """Or shards that are lost again and again would leave the router's memory in shreds."""
+    num_before = sys.getallocatedblocks()
+    blocks = BlockManager(100_000, 16)
+    assert sys.getallocatedblocks() - num_before < 1000
+    assert blocks.num_available == 100_000
+    taken = blocks.allocate(3)
+    blocks.release(taken)
+    blocks.check()
+    assert blocks.allocate(4) == [0, 1, 2, 3]
+    blocks.check()
 
 
 def test_results_out_of_order_are_refused():
