@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import pytest
+from aiohttp import web
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -15,12 +19,39 @@ NUM_STREAMS = 200
 NUM_TOKENS = 100
 
 
-async def read_stream(session: aiohttp.ClientSession, server: Server, number: int, leave_after: int | None) -> int:
+@contextlib.asynccontextmanager
+async def proxy(server: Server) -> AsyncIterator[str]:
+    """A reverse proxy, whose address this is; it keeps its own connections to the server for later requests."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(server.url, connector=connector) as upstream:
+
+        async def forward(request: web.Request) -> web.StreamResponse:
+            async with upstream.post(request.path, data=await request.read()) as answer:
+                response = web.StreamResponse(status=answer.status)
+                await response.prepare(request)
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+            return response
+
+        app = web.Application()
+        app.router.add_post("/{path}", forward)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            host, port = runner.addresses[0][:2]
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+
+async def read_stream(session: aiohttp.ClientSession, url: str, number: int, leave_after: int | None) -> int:
     """Read a stream's events to the end, or leave after some; returns how many were read."""
     parameters = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     body = {"inputs": f"Stream number {number}", "parameters": parameters}
     num_events = 0
-    async with session.post(f"{server.url}/generate_stream", json=body) as response:
+    async with session.post(f"{url}/generate_stream", json=body) as response:
         assert response.status == 200
         async for line in response.content:
             if num_events == leave_after:
@@ -29,10 +60,11 @@ async def read_stream(session: aiohttp.ClientSession, server: Server, number: in
     return num_events
 
 
-async def run_streams(server: Server, leave_after: list[int | None]) -> list[int]:
+async def run_streams(server: Server, leave_after: list[int | None], is_proxied: bool) -> list[int]:
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        streams = [read_stream(session, server, number, after) for number, after in enumerate(leave_after)]
+    place = proxy(server) if is_proxied else contextlib.nullcontext(server.url)
+    async with place as url, aiohttp.ClientSession(connector=connector) as session:
+        streams = [read_stream(session, url, number, after) for number, after in enumerate(leave_after)]
         return await asyncio.gather(*streams)
 
 
@@ -43,11 +75,12 @@ def counters(server: Server) -> dict[str, float]:
     return counts | {label: server.metric("tgi_request_failure", label) for label in labels}
 
 
-def test_half_of_the_clients_leave(tiny: Server) -> None:
+@pytest.mark.parametrize("is_proxied", [False, True])
+def test_half_of_the_clients_leave(tiny: Server, is_proxied: bool) -> None:
     choices = random.Random(0)
     leave_after = [choices.randrange(1, NUM_TOKENS // 2) if number % 2 else None for number in range(NUM_STREAMS)]
     before = counters(tiny)
-    num_events = asyncio.run(run_streams(tiny, leave_after))
+    num_events = asyncio.run(run_streams(tiny, leave_after, is_proxied))
     assert num_events == [NUM_TOKENS if after is None else after for after in leave_after]
     tiny.check_books()
     moved = {name: value - before[name] for name, value in counters(tiny).items()}

@@ -45,6 +45,18 @@ def test_it_starts_as_tgis_image_does():
     assert DOCKERFILE.rstrip().endswith("\nFROM server"), "what is built without a target"
 
 
+def test_any_user_can_run_it_and_compile_kernels():
+    server = DOCKERFILE.split(" AS server\n")[1].split("\nFROM ")[0]
+    variables = dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
+    assert variables["HOME"] == "/tmp"
+    assert variables["TRITON_CACHE_DIR"].startswith("/data/")
+    assert "chmod 1777 /data" in server
+    assert re.search(r"apt-get install .* gcc libc6-dev ", server)
+    # The base image has Python's headers; an image of Debian's own Python has none.
+    assert re.search(r"^ARG PYTHON=[\d.]+-slim-\w+\n\nFROM python:\$\{PYTHON\} AS build$", DOCKERFILE, re.MULTILINE)
+    assert "USER" not in server
+
+
 def start_on_sagemaker(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the entry point as SageMaker does, with a launcher that tells what it was given."""
     launcher = folder / "text-generation-launcher"
