@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import subprocess
+import sys
 
 import pytest
 from opentelemetry.sdk.resources import Resource
@@ -172,6 +174,15 @@ def test_without_a_collector_no_answer_has_a_trace(serving):
             assert "traceresponse" not in response.headers
 
     asyncio.run(run())
+
+
+def test_nothing_of_it_is_loaded_before_a_collector_is_named():
+    program = (
+        "import sys, text_generation_router.__main__, text_generation_router.app\n"
+        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 class Collector(SpanExporter):
