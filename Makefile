@@ -74,8 +74,10 @@ bench-overload: install
 bench-memory: install
 	@$(BIN)/python integration-tests/bench_memory.py $(ARGS)
 
+bench-metrics: ROWS ?= chat-c32
 bench-metrics: install
 	@$(BIN)/python integration-tests/bench_metrics.py $(ARGS)
+	@$(BIN)/python integration-tests/bench_router.py --observed-pairs 5 --rows '$(ROWS)'
 
 bench-cpu: install
 	@$(BIN)/python integration-tests/bench_cpu.py --rows '$(ROWS)' --peer '$(PEER)' $(ARGS)
