@@ -36,10 +36,10 @@ class SilentOutput:
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
-        self.stream = SimpleNamespace()
+        self.stream = SimpleNamespace(num_unread_bytes=0)
         self.last_token_ns = 0
 
-    def push(self, token_id: int, logprob: float, reason: object) -> None:
+    def push(self, token_id: int, logprob: float, reason: object, top_tokens: object) -> None:
         pass
 
     def publish(self) -> None:

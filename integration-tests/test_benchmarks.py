@@ -1,4 +1,4 @@
-"""The benchmarks still run: the shortest row of the router's, and a comparison of a server with itself."""
+"""The benchmarks still run: their shortest forms, and a comparison of a server with itself."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent
 
 
@@ -19,6 +18,12 @@ def run_benchmark(script: str, *flags: str) -> list[Any]:
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
+def test_what_metrics_cost_is_told() -> None:
+    lines = run_benchmark("bench_metrics.py", "--steps", "20")
+    assert [line["name"] for line in lines] == ["token", "step", "request", "scrape"]
+
+
+@pytest.mark.slow
 def test_the_router_runs_the_steps_of_the_replay() -> None:
     [line] = run_benchmark("bench_router.py", "--rows", "chat-c1")
     assert line["name"] == "chat-c1"
@@ -29,6 +34,7 @@ def test_the_router_runs_the_steps_of_the_replay() -> None:
     assert line["router_cpu_us_per_token"] > 0
 
 
+@pytest.mark.slow
 def test_rows_are_predicted() -> None:
     command = [sys.executable, str(FOLDER / "predict_rows.py"), "--rows", "chat-c1,chat-rate8"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -38,12 +44,14 @@ def test_rows_are_predicted() -> None:
     assert found["chat-rate8", "tpot_p50_ms"] > found["chat-c1", "tpot_p50_ms"]
 
 
+@pytest.mark.slow
 def test_a_server_beside_itself(demo: Any) -> None:
     [line] = run_benchmark("bench_cpu.py", "--rows", "chat-c8", "--url", demo.url, "--peer", demo.url)
     assert line["ratios"]["out_tok_s"] == pytest.approx(line["ours"]["out_tok_s"] / line["peer"]["out_tok_s"], rel=1e-3)
     assert line["ours"]["ttft_p50_ms"] > 0
 
 
+@pytest.mark.slow
 def test_grammars_go_on_for_longer_than_a_run(demo: Any) -> None:
     lines = run_benchmark("bench_grammars.py", "--streams", "2", "--tokens", "8", "--pairs", "1", "--url", demo.url)
     assert len(lines) == 5
