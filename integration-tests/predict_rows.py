@@ -1,13 +1,18 @@
 """Predicts the rows of the GPU's request suite, before any GPU has run them.
 
-    python integration-tests/predict_rows.py [--rows chat-c1,chat-all] [--seed 1]
+    python integration-tests/predict_rows.py [--rows chat-c1,chat-all] [--seed 1] [--steps FILE] [--step-tokens 2048]
 
 The request sets go through the router's own scheduler in virtual time, and each step lasts as long as
 `text_generation_kernels.benchmarks.prediction` says from bytes, operations and occupancy. Host, network and router take
 no time at all; each row finds the prefix cache cold. Prints what the targets ask beside it.
+
+`--steps` takes the times of steps from measurements (h100_steps.json) instead; `--step-tokens` and `--free-contexts`
+show what other rules for a step's budget would give.
 """
 
 import argparse
+import dataclasses
+import math
 import random
 import statistics
 import sys
@@ -19,10 +24,11 @@ from pathlib import Path
 from bench_rows import GPU_ROWS, BenchmarkFailed, Row, demo_tokenizer_folder, read_lines, select_rows, write_set
 from gpu_check.targets import TARGETS
 from ideal_replay import Ideal, IdealRequest, Replay
-from simulated_shard import BLOCK_SIZE
+from simulated_shard import BLOCK_SIZE, StepTimes
 from text_generation_kernels.benchmarks import prediction
 from text_generation_router.config import RouterConfig
 from text_generation_router.limits import step_limits
+from text_generation_router.scheduler import SchedulerLimits
 from text_generation_router.shard_client import ShardInfo
 from text_generation_router.tokenizer import Tokenizer
 
@@ -56,10 +62,16 @@ class PredictedTimes:
         return int(sum(prediction.by_part(launches).values()) * 1e3)
 
 
-def replay(row: Row, requests: list[IdealRequest]) -> Ideal:
+def replay(row: Row, requests: list[IdealRequest], times: StepTimes | PredictedTimes, limits: SchedulerLimits) -> Ideal:
     """The row's requests in virtual time."""
     concurrency = None if row.rate is not None else row.concurrency or len(requests)
-    return Replay(PredictedTimes(), step_limits(RouterConfig(), H100), requests).run(concurrency)
+    return Replay(times, limits, requests).run(concurrency)
+
+
+def limits_of(step_tokens: int | None, has_free_contexts: bool) -> SchedulerLimits:
+    """The router's own for this GPU and model, but for what is asked for."""
+    limits = step_limits(RouterConfig(max_batch_prefill_tokens=step_tokens), H100)
+    return dataclasses.replace(limits, equal_context_tokens=math.inf) if has_free_contexts else limits
 
 
 def requests_of(row: Row, path: Path, tokenizer: Tokenizer, seed: int) -> list[IdealRequest]:
@@ -99,7 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="names, separated by commas; all of them by default")
     parser.add_argument("--seed", type=int, default=1, help="of the request sets and of arrivals")
+    parser.add_argument("--steps", type=Path, help="measured times of steps, as simulated_shard.py reads them")
+    parser.add_argument("--step-tokens", type=int, help="token budget of a step; the router's own by default")
+    parser.add_argument("--free-contexts", action="store_true", help="tokens count the same behind every context")
     arguments = parser.parse_args()
+    times = PredictedTimes() if arguments.steps is None else StepTimes(arguments.steps)
+    limits = limits_of(arguments.step_tokens, arguments.free_contexts)
     rows = select_rows(GPU_ROWS[1:], [name for name in arguments.rows.split(",") if name])
     print("| row | figure | asked | predicted |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="predict-") as name:
@@ -108,7 +125,7 @@ def main() -> None:
         tokenizer = Tokenizer(str(tokenizer_folder), num_threads=1)
         for row in rows:
             path = write_set(row.request_set, folder, tokenizer_folder, arguments.seed)
-            figures = figures_of(replay(row, requests_of(row, path, tokenizer, arguments.seed)))
+            figures = figures_of(replay(row, requests_of(row, path, tokenizer, arguments.seed), times, limits))
             for figure, (rule, target) in TARGETS[row.name].items():
                 predicted = f"{figures[figure]:.{0 if figure == 'out_tok_s' else 2}f}"
                 print(f"| {row.name} | {figure} | {rule} {target:g} | {predicted} |", flush=True)

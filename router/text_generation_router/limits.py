@@ -47,11 +47,11 @@ def queue_limits(config: RouterConfig, max_kv_tokens: int) -> QueueLimits:
 
 
 def step_limits(config: RouterConfig, info: ShardInfo) -> SchedulerLimits:
-    """What a step and the batch may hold: a full batch of decodes leaves at least half of the budget to prefill."""
+    """What a step and the batch may hold: a full batch of decodes leaves at least a third of the budget to prefill."""
     derived = default_step_tokens(info.device_name, info.num_layer_weights)
     bounds = (derived, info.max_position_embeddings, config.max_batch_total_tokens)
     budget = config.max_batch_prefill_tokens or min(bound for bound in bounds if bound)
-    max_num_sequences = max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget // 2))
+    max_num_sequences = max(1, min(config.max_batch_size or DEFAULT_MAX_NUM_SEQUENCES, budget * 2 // 3))
     return SchedulerLimits(budget, max_num_sequences, equal_context(info.num_layer_weights, info.num_context_features))
 
 

@@ -23,7 +23,7 @@ from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
 
-# A step whose prompts have long contexts has so many parts fewer of its budget: recorded steps have such sizes.
+# A step that long contexts cut short ends at a whole part of the budget: a GPU rounds up to such sizes.
 NUM_BUDGET_PARTS = 4
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
 MAX_LOSSES = 2  # of the shards while one sequence ran: it may have caused them
@@ -35,7 +35,7 @@ class SchedulerLimits:
 
     max_step_tokens: int  # token budget of one step
     max_num_sequences: int  # sequences in the batch
-    equal_context: float = math.inf  # cached tokens whose attention takes a token as long as all products do
+    equal_context_tokens: float = math.inf  # cached tokens whose attention takes a token as long as all products do
 
 
 @dataclass(slots=True)
@@ -223,22 +223,22 @@ class Scheduler:
     def _budget(self, plan: StepPlan, num_context_tokens: int) -> int:
         """How many tokens behind such a context still have room in the step.
 
-        While others decode, attention to the context counts like tokens, so that it does not hold them up for longer:
-        the step then ends at a whole part of the budget, and a step without a prompt has room for some of one.
+        While others decode, attention to the context counts like tokens, so that it does not hold them up for longer.
+        The step then ends at a whole part of the budget, and its first prompt has at least half a part.
         """
         num_tokens = plan.num_decode_tokens + plan.num_prefill_tokens
         limit = self.limits.max_step_tokens
         if plan.num_decode_tokens:
             part = max(1, limit // NUM_BUDGET_PARTS)
-            num_left = (limit - plan.num_decode_tokens - plan.prefill_cost) / self._token_cost(num_context_tokens)
-            num_parts = round((num_tokens + num_left) / part)
+            left_cost_tokens = max(0.0, limit - plan.num_decode_tokens - plan.prefill_cost_tokens)
+            num_parts = round((num_tokens + left_cost_tokens / self._token_cost(num_context_tokens)) / part)
             if not plan.num_prefill_tokens:
-                num_parts = max(num_parts, num_tokens // part + 1)
+                num_parts = max(num_parts, round(num_tokens / part) + 1)
             limit = min(limit, num_parts * part)
         return max(0, limit - num_tokens)
 
-    def _token_cost(self, num_context_tokens: float) -> float:
-        return 1 + num_context_tokens / self.limits.equal_context
+    def _token_cost(self, num_context_tokens: int) -> float:
+        return 1 + num_context_tokens / self.limits.equal_context_tokens
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self._return_to_queue(sequence)
@@ -356,7 +356,7 @@ class Scheduler:
         plan.prefill_sequence_ids.append(sequence.sequence_id)
         plan.prefill_num_tokens.append(num_tokens)
         plan.num_prefill_tokens += num_tokens
-        plan.prefill_cost += num_tokens * self._token_cost(sequence.num_computed_tokens)
+        plan.prefill_cost_tokens += num_tokens * self._token_cost(sequence.num_computed_tokens)
         self._compute(sequence, num_tokens, plan)
 
     def _compute(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> None:

@@ -39,7 +39,7 @@ class StepPlan:
     # Known to the router alone: what the step computes.
     num_decode_tokens: int = 0
     num_prefill_tokens: int = 0
-    prefill_cost: float = 0.0  # in tokens without context
+    prefill_cost_tokens: float = 0.0  # in tokens without context
     num_preempted: int = 0
 
     @property

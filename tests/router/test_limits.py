@@ -57,11 +57,11 @@ def test_limits_that_contradict(flags, num_blocks, reason):
     ("flags", "num_positions", "expected"),
     [
         ({}, 131_072, (MAX_STEP_TOKENS, DEFAULT_MAX_NUM_SEQUENCES)),
-        ({}, 100, (100, 50)),
-        ({"max_batch_total_tokens": 500}, 131_072, (500, 250)),
+        ({}, 100, (100, 66)),
+        ({"max_batch_total_tokens": 500}, 131_072, (500, 333)),
         ({"max_batch_prefill_tokens": 1}, 2048, (1, 1)),
         ({"max_batch_prefill_tokens": 1000, "max_batch_size": 32}, 2048, (1000, 32)),
-        ({"max_batch_prefill_tokens": 10, "max_batch_size": 32}, 2048, (10, 5)),
+        ({"max_batch_prefill_tokens": 10, "max_batch_size": 32}, 2048, (10, 6)),
     ],
 )
 def test_limits_on_steps(flags, num_positions, expected):
@@ -87,13 +87,13 @@ def test_limits_on_steps(flags, num_positions, expected):
 )
 def test_the_derived_budget_follows_gpu_and_model(device_name, num_layer_weights, budget):
     info = info_with(131_072, device_name, num_layer_weights)
-    assert step_limits(RouterConfig(), info) == SchedulerLimits(budget, budget // 2)
+    assert step_limits(RouterConfig(), info) == SchedulerLimits(budget, min(DEFAULT_MAX_NUM_SEQUENCES, budget * 2 // 3))
     assert step_limits(RouterConfig(max_batch_prefill_tokens=100), info).max_step_tokens == 100
 
 
 def test_a_context_counts_as_much_as_its_attention_takes():
     features = 32 * 32 * 128
-    equal_context = step_limits(RouterConfig(), info_with(131_072, H100, WEIGHTS_8B, features)).equal_context
+    equal_context = step_limits(RouterConfig(), info_with(131_072, H100, WEIGHTS_8B, features)).equal_context_tokens
     # As an H100 measured them: 700 TFLOP/s products, 430 TFLOP/s attention; keys and values, multiplied and added.
     products_s, attention_s = 2 * WEIGHTS_8B / 700e12, 2 * 2 * features * equal_context / 430e12
     assert attention_s == pytest.approx(products_s, rel=0.05)

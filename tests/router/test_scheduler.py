@@ -299,45 +299,68 @@ def test_every_sequence_ends_with_the_tokens_it_would_have_alone(
             assert harness.reasons[sequence.sequence_id] is reason
 
 
-def chunks_of_a_long_prompt(has_neighbours: bool) -> list[tuple[int, int]]:
-    """How many tokens decode in each of its steps, and how many are its own."""
-    harness = Harness(400, 4, SchedulerLimits(64, 32, equal_context=100.0))
-    if has_neighbours:
-        for first in range(20):
-            harness.add(make_request([first, 1], 60, ignore_eos=True))
-        harness.advance()
-    harness.add(make_request(list(range(600)), 1))
-    chunks = []
+def work_of_steps(harness: Harness) -> list[tuple[int, list[int]]]:
+    """How many tokens decode, and how many each prompt has, in each step with a prompt until all is done."""
+    work = []
     schedule = harness.scheduler.schedule
 
     def schedule_and_note() -> StepPlan | None:
         plan = schedule()
         if plan is not None and plan.num_prefill_tokens:
-            chunks.append((plan.num_decode_tokens, plan.num_prefill_tokens))
+            work.append((plan.num_decode_tokens, list(plan.prefill_num_tokens)))
         return plan
 
     harness.scheduler.schedule = schedule_and_note
     harness.run_until_idle()
-    return chunks
+    return work
 
 
-def test_a_long_context_takes_fewer_tokens_of_a_step_while_others_decode():
-    chunks = chunks_of_a_long_prompt(has_neighbours=True)
-    position = 0
-    for num_decodes, num_tokens in chunks:
-        cost = num_decodes + num_tokens * (1 + position / 100)
-        # As near to the budget as whole quarters of it allow, or the one quarter that a prompt always gets.
-        half_part = 8 * (1 + position / 100)
-        assert abs(cost - 64) <= half_part or num_decodes + num_tokens == 32
-        position += num_tokens
-        assert not (num_decodes + num_tokens) % 16 or position == 600
-    assert chunks[0] == (20, 44)
-    assert chunks[-2] == (20, 12)
-    assert position == 600
+def decoding_harness(num_decoding: int) -> Harness:
+    """With quarters of 16 tokens, and contexts of 100 tokens that cost as much as a token."""
+    harness = Harness(2000, 4, SchedulerLimits(64, 40, equal_context_tokens=100.0))
+    for first in range(num_decoding):
+        harness.add(make_request([first % VOCABULARY, 1], 90, ignore_eos=True))
+    while len(harness.scheduler.running) < num_decoding:
+        harness.advance()
+    return harness
 
 
-def test_a_long_context_alone_has_the_whole_budget():
-    assert chunks_of_a_long_prompt(has_neighbours=False) == [(0, 64)] * 9 + [(0, 24)]
+@pytest.mark.parametrize(
+    ("num_decoding", "expected"),
+    [
+        # Alone the whole budget, else whole quarters that cost as nearly as much, and half a quarter at least.
+        (0, [64] * 4 + [44]),
+        (15, [49, 33, 33] + [17] * 10 + [15]),
+        (20, [44, 28, 28, 28] + [12] * 14 + [4]),
+        (31, [33] + [17] * 15 + [12]),
+    ],
+)
+def test_the_longer_its_context_the_fewer_tokens_a_prompt_has_beside_decodes(num_decoding, expected):
+    harness = decoding_harness(num_decoding)
+    harness.add(make_request(list(range(300)), 1))
+    assert work_of_steps(harness) == [(num_decoding, [count]) for count in expected]
+
+
+def test_what_a_long_context_costs_is_taken_from_the_next_prompt():
+    harness = decoding_harness(20)
+    sequence = harness.add(make_request(list(range(300)), 1))
+    while sequence.num_computed_tokens < 128:
+        harness.advance()
+    harness.add(make_request([7] * 30, 1))
+    # 20 decodes and 12 tokens behind 128 to 176 others cost 47 to 53 of 64: a quarter is left, and at last none.
+    assert [chunks for _, chunks in work_of_steps(harness)][:2] == [[12, 16], [12, 14]]
+
+
+def test_a_prompt_whose_context_is_cached_waits_until_a_step_has_room_for_one_of_its_tokens():
+    harness = decoding_harness(20)
+    harness.add(make_request(list(range(300)), 1))
+    while harness.scheduler.num_unfinished > 20:
+        harness.advance()
+    harness.add(make_request(list(range(1000, 1300)), 1))
+    harness.add(make_request([*range(300), 5, 6], 1))
+    work = work_of_steps(harness)
+    assert [num for _, chunks in work[:-1] for num in chunks[1:]] == []
+    assert harness.scheduler.num_prefix_hit_tokens == 300
 
 
 def test_a_small_memory_preempts_and_everything_still_comes_out_right():

@@ -21,7 +21,8 @@ class ScriptedShard(ShardServicer):
     """One rank: notes the plans, and rank 0 answers each after `delay_s`."""
 
     def __init__(self, rank: int, world_size: int, **info: Any) -> None:
-        fields = {"dtype": "float32", "device_name": "cpu", "vocab_size": 300, "block_size": 16} | info
+        fields = {"dtype": "float32", "device_name": "cpu", "vocab_size": 300, "block_size": 16}
+        fields |= {"num_layer_weights": 7000, "num_context_features": 600} | info
         self._info = pb.InfoReply(rank=rank, world_size=world_size, **fields)
         self._answers = rank == 0
         self.delay_s = 0.0
@@ -180,6 +181,7 @@ def test_ranks_that_are_no_group_are_refused(
         if message is None:
             info = await client.info()
             assert (info.device_name, info.vocab_size, info.block_size) == ("cpu", 300, 16)
+            assert (info.num_layer_weights, info.num_context_features) == (7000, 600)
             return
         with pytest.raises(ShardFailure, match=message):
             await client.info()
