@@ -49,7 +49,7 @@ class StepTimes:
             values["attention_tflops"] * 1e12
         )
         self._fixed_seconds = values["fixed_ms"] / 1e3
-        self.num_layer_weights: int = values["num_layer_weights"]
+        self.num_layer_weights = int(values["flops_per_token"]) // 2  # the head's with them
         self.num_context_features: int = values["attention_flops_per_query_per_cached_token"] // 4
 
     def _matrix_products(self, num_rows: int) -> float:
