@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from conftest import Server
 
 PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 CURL = re.compile(r"^curl localhost:3000(\S+) -H 'content-type: application/json' -d '\n(.*)'$", re.MULTILINE)
 EXAMPLES = CURL.findall(PAGE)
 PATHS = re.findall(r"^curl localhost:3000(\S+)$", PAGE, re.MULTILINE)
-# What the demo model's template has no place for.
-OF_OTHER_MODELS = {"documents", "reasoning_effort", "chat_template_kwargs"}
+TEMPLATE = (
+    "{% for document in documents or [] %}[{{ document.title }}: {{ document.text }}]{% endfor %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if not enable_thinking | default(true) %}no thoughts, {{ reasoning_effort }} effort{% endif %}"
+)
 
 
 def routes(verb: str) -> set[str]:
@@ -50,7 +55,7 @@ def test_every_parameter_has_an_example(path: str, name: str) -> None:
             fields = json.loads(body)
             shown |= fields.keys() | fields.get("parameters", {}).keys()
     assert len(parameters(name)) > 15
-    assert parameters(name) - OF_OTHER_MODELS <= shown
+    assert parameters(name) <= shown
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -58,7 +63,27 @@ def test_path(exact: Server, path: str) -> None:
     assert exact.get(path).status == 200
 
 
-@pytest.mark.parametrize(("path", "body"), EXAMPLES, ids=[f"{path} {body[:60]}" for path, body in EXAMPLES])
+@pytest.fixture(scope="module")
+def templated(serve: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model whose template, given by a flag, takes what the demo model's does not."""
+    file = tmp_path_factory.mktemp("template") / "tokenizer_config.json"
+    file.write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}))
+    with serve("--model-id", str(tiny_model), "--tokenizer-config-path", str(file)) as server:
+        yield server
+
+
+def test_the_example_for_other_models(templated: Server) -> None:
+    [(path, body)] = [(path, body) for path, body in EXAMPLES if "documents" in json.loads(body)]
+    assert templated.request("POST", path, body.encode()).status == 200
+    told = templated.request("POST", "/chat_tokenize", body.encode()).json()["templated_text"]
+    assert told.startswith("[France: Its capital is Paris.]user: What is")
+    assert told.endswith("no thoughts, low effort")
+
+
+OF_THE_DEMO = [(path, body) for path, body in EXAMPLES if "documents" not in json.loads(body)]
+
+
+@pytest.mark.parametrize(("path", "body"), OF_THE_DEMO, ids=[f"{path} {body[:60]}" for path, body in OF_THE_DEMO])
 def test_example(exact: Server, path: str, body: str) -> None:
     reply = exact.request("POST", path, body.encode())
     assert reply.status == 200, reply.body

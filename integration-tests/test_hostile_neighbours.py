@@ -75,6 +75,11 @@ REFUSED: dict[str, dict[str, Request]] = {
         "many biases": _completion(logit_bias={str(number): 1 for number in range(30_000)}),
         "many stop ids": _completion(stop_token_ids=[5] * 10_000),
         "many choices": _completion(n=2**31),
+        "many choices of a chat": _chat(n=2**31),
+        "many runs of a completion": _completion(best_of=10**6),
+        "many documents": _chat(documents=[{}] * 2_000),
+        "many switches": _chat(chat_template_kwargs={f"a{number}": 1 for number in range(1_000)}),
+        "a long id": _generate(seed=10**4_000),
         "many runs": _generate(best_of=10**6, do_sample=True),
         "many log-probabilities": _completion(logprobs=10**6),
         "many log-probabilities of a chat": _chat(logprobs=True, top_logprobs=10**6),
@@ -106,6 +111,7 @@ REFUSED: dict[str, dict[str, Request]] = {
         "a schema of many values": _grammar("json", {"enum": [f"{number}" * 5 for number in range(100_000)]}),
         "a wide schema": _grammar("json", WIDE_SCHEMA),
         "a deep schema": _grammar("json", DEEP_SCHEMA),
+        "a schema that is no schema": _grammar("json", {"type": "integer", "required": True}),
         "a schema without an end": _grammar("json", {"type": "array", "items": {"$ref": "#"}, "minItems": 1}),
     },
     "a request's error ends that request only": {
@@ -121,20 +127,27 @@ REFUSED: dict[str, dict[str, Request]] = {
         "a message for which the template has no role": _chat(messages=[{"role": None, "content": "a"}]),
     },
     "one validator for all routes": {
-        f"{path} {name}": (path, json.dumps(body).encode())
+        f"{name} in the {dialect} of {path}": (path, json.dumps(body).encode())
         for name, ours, theirs in (
             ("temperature", {"temperature": -1}, {"temperature": -1}),
+            ("penalty", {"repetition_penalty": 0}, {"repetition_penalty": 0}),
             ("tokens", {"max_new_tokens": 0}, {"max_tokens": 0}),
-            ("top tokens", {"top_n_tokens": 10**6}, {"logprobs": 10**6}),
+            ("seed", {"seed": -1}, {"seed": -1}),
+            ("stop", {"stop": [""]}, {"stop": [""]}),
+            ("best_of", {"best_of": 10**6}, {"best_of": 10**6}),
+            (
+                "grammar",
+                {"grammar": {"type": "regex", "value": "("}},
+                {"response_format": {"type": "regex", "value": "("}},
+            ),
         )
-        for path, body in (
-            (GENERATE, {"inputs": "Hello", "parameters": ours}),
-            ("/", {"inputs": "Hello", "parameters": ours}),
-            ("/invocations", {"inputs": "Hello", "parameters": ours}),
-            ("/invocations", {"prompt": "Hello", **theirs}),
-            ("/vertex", {"instances": [{"inputs": "Hello", "parameters": ours}]}),
-            (COMPLETIONS, {"prompt": "Hello", **theirs}),
+        for dialect, fields, paths in (
+            ("text", {"inputs": "Hello", "parameters": ours}, (GENERATE, "/", "/invocations", "/vertex")),
+            ("completions", {"prompt": "Hello", **theirs}, (COMPLETIONS, "/invocations")),
+            ("chat", {"messages": HELLO, **theirs}, (CHAT, "/invocations", "/vertex")),
         )
+        for path in paths
+        for body in ({"instances": [fields]} if path == "/vertex" else fields,)
     },
     "ids are below the logits' width": {
         "the first id that is none": _completion(prompt=[5, WIDTH]),
@@ -168,6 +181,7 @@ SERVED: dict[str, Request] = {
     "a tiny penalty": _generate(repetition_penalty=1e-300),
     "more than all tokens": _generate(top_k=2**62),
     "the last seed": _generate(seed=2**64 - 1, do_sample=True),
+    **{f"grammar {number}": _grammar("regex", f"[0-9]{{1,{number}}}") for number in range(1, 21)},
     "every filter and penalty": _completion(
         min_p=1.0, top_p=0.5, top_k=1, presence_penalty=-2, frequency_penalty=-2, logit_bias={"5": -100, "6": 100}
     ),
@@ -287,19 +301,33 @@ def _attack_by_control_tokens(server: Server) -> None:
         assert [token["id"] for token in answer["tokenize_response"]].count(begin) == 3
 
 
+def _attack_by_bodies(server: Server) -> None:
+    """All of them, four at a time."""
+    refused = {name: body for bodies in REFUSED.values() for name, body in bodies.items()}
+    assert len(refused) == sum(map(len, REFUSED.values()))
+    with ThreadPoolExecutor(4) as hostile:
+        replies = hostile.map(lambda body: server.request("POST", *body), (refused | SERVED).values())
+    for name, reply in zip(refused | SERVED, replies, strict=True):
+        is_good = name in SERVED or (name in BORNE and reply.status == 200)
+        assert reply.status == 200 if is_good else 400 <= reply.status < 500, (name, reply.status, reply.body[:300])
+    assert server.request("POST", GENERATE, COMPRESSED, {"Content-Encoding": "gzip"}).status == 415
+
+
 def test_honest_streams_do_not_notice(exact: Server) -> None:
     with honest_streams(exact, num_tokens=12):
-        refused = {name: body for bodies in REFUSED.values() for name, body in bodies.items()}
-        assert len(refused) == sum(map(len, REFUSED.values()))
-        with ThreadPoolExecutor(4) as hostile:
-            replies = hostile.map(lambda body: exact.request("POST", *body), (refused | SERVED).values())
-        for name, reply in zip(refused | SERVED, replies, strict=True):
-            is_good = name in SERVED or (name in BORNE and reply.status == 200)
-            assert reply.status == 200 if is_good else 400 <= reply.status < 500, (name, reply.status, reply.body[:300])
-        reply = exact.request("POST", GENERATE, COMPRESSED, {"Content-Encoding": "gzip"})
-        assert reply.status == 415
-        for attack in (_attack_by_bytes, _attack_by_ids, _attack_by_links, _attack_by_control_tokens):
+        for attack in (
+            _attack_by_bodies, _attack_by_bytes, _attack_by_ids, _attack_by_links, _attack_by_control_tokens
+        ):  # fmt: skip
             attack(exact)
+
+
+def test_what_is_checked_is_checked_without_assertions(serve: Any, tiny_model: Path) -> None:
+    """`python -O` leaves `assert` out, on router and shard."""
+    flags = ("--model-id", str(tiny_model), "--dtype", "float32")
+    with serve(*flags, environment={"PYTHONOPTIMIZE": "1"}) as server, honest_streams(server, num_tokens=60):
+        for child in server.children("text_generation_"):
+            assert child.environ()["PYTHONOPTIMIZE"] == "1"
+        _attack_by_bodies(server)
 
 
 def test_keys_and_tenants(serve: Any, tiny_model: Path, tmp_path: Path) -> None:

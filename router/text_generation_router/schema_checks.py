@@ -1,5 +1,6 @@
 """What is refused of a JSON schema before it is compiled, by name: what would otherwise be ignored or never end."""
 
+from collections.abc import Callable
 from typing import Any
 
 from text_generation_router.json_schema import Schema, reachable, referred
@@ -25,8 +26,13 @@ UNSUPPORTED_KEYWORDS = frozenset(
         "$dynamicAnchor",
         "$recursiveRef",
         "$recursiveAnchor",
+        # Of draft 3.
+        "disallow",
+        "divisibleBy",
+        "extends",
     )
 )
+_TYPES = frozenset(("array", "boolean", "integer", "null", "number", "object", "string"))
 
 
 class RefusedGrammar(ValueError):
@@ -41,9 +47,74 @@ def check_schema(root: Schema) -> None:
         names = ", ".join(f"`{name}`" for name in sorted(unsupported))
         raise RefusedGrammar(f"uses keywords of JSON Schema that are not supported: {names}")
     for schema in schemas:
+        _check_values(schema)
         _check_min_properties(schema)
     if not _can_end(root, root, _ending(root, schemas)):
         raise RefusedGrammar("refers to itself such that no value is ever complete")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value >= 0 and value == int(value)
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, (dict, bool))
+
+
+def _are_schemas(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_schema, value))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_type(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return _are_texts(names) and bool(names) and _TYPES.issuperset(names)
+
+
+# What the value of a keyword must be, where it has no effect too: the library looks at those that have one.
+_VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a number": (_is_number, ("minimum", "maximum")),
+    "a number, true or false": (
+        lambda value: _is_number(value) or isinstance(value, bool),  # booleans are those of draft 4
+        ("exclusiveMinimum", "exclusiveMaximum"),
+    ),
+    "a number above 0": (lambda value: _is_number(value) and value > 0, ("multipleOf",)),
+    "a whole number from 0 on": (
+        _is_count,
+        ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
+    ),
+    "a text": (lambda value: isinstance(value, str), ("pattern", "format", "$ref", "$anchor", "$id")),
+    "a list": (lambda value: isinstance(value, list), ("enum",)),
+    "a list of texts": (_are_texts, ("required",)),
+    "a type's name or a list of them": (
+        _is_type,
+        ("type",),
+    ),
+    "a schema": (_is_schema, ("additionalProperties", "additionalItems")),
+    "a schema, or a list of them": (
+        lambda value: _is_schema(value) or _are_schemas(value),  # the list is that of drafts before 2020-12
+        ("items",),
+    ),
+    "a list of schemas, not empty": (_are_schemas, ("allOf", "anyOf", "oneOf", "prefixItems")),
+    "schemas by name": (
+        lambda value: isinstance(value, dict) and all(map(_is_schema, value.values())),
+        ("properties", "patternProperties"),
+    ),
+}
+_CHECKS = {keyword: (check, text) for text, (check, keywords) in _VALUES.items() for keyword in keywords}
+
+
+def _check_values(schema: dict[str, Any]) -> None:
+    for keyword, value in schema.items():
+        if keyword in _CHECKS and not _CHECKS[keyword][0](value):
+            raise RefusedGrammar(f"is no JSON schema: `{keyword}` must be {_CHECKS[keyword][1]}")
 
 
 def _check_min_properties(schema: dict[str, Any]) -> None:

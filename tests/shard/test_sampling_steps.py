@@ -271,6 +271,9 @@ def definition(setting: Setting, prompt: list[int], generated: list[int]) -> np.
     logits = MODEL.logits_after(prompt + generated)[0].double().numpy().copy()
     for token, bias in setting.biases.items():
         logits[token] += bias
+    if changes.has_watermark:
+        generator = torch.Generator().manual_seed(15485863 * generated[-1])
+        logits[torch.randperm(VOCAB_SIZE, generator=generator)[: VOCAB_SIZE // 2]] += 2.0
     for token in {*prompt, *generated}:
         factor = changes.repetition_penalty
         logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
@@ -303,6 +306,7 @@ ALONE = [
     Setting(changes=LogitsChanges(frequency_penalty=1.5)),
     Setting(changes=LogitsChanges(presence_penalty=2.0)),
     Setting(changes=LogitsChanges(share_penalty=-2.0)),
+    Setting(changes=LogitsChanges(has_watermark=True)),
     Setting(biases={5: 4.0, 20: 3.0, 1: -100.0}),
     Setting(changes=LogitsChanges(banned_token_ids=ints(*ENDS), min_tokens=9)),
     Setting(temperature=0.9, top_p=0.9, changes=replace(PENALISED, banned_token_ids=ints(*ENDS), min_tokens=9)),

@@ -1,5 +1,6 @@
 """Bodies that the demo model answers well; docs/api.md shows them and its tests send them. Together those of a route
-name every parameter that any model can honour."""
+name every parameter that any model can honour; what the demo model's template has no place for stands in the last one
+of chats."""
 
 from typing import Any
 
@@ -94,6 +95,12 @@ CHAT_EXAMPLES: tuple[dict[str, Any], ...] = (
         "tool_choice": "required",
         "parallel_tool_calls": False,
         "tool_prompt": "Call one of these functions:",
+    },
+    {
+        **CHAT,
+        "documents": [{"title": "France", "text": "Its capital is Paris."}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning_effort": "low",
     },
 )
 COMPLETION: dict[str, Any] = {"model": "tgi", "prompt": "1, 2, 3,", "max_tokens": 8, "temperature": 0}

@@ -29,6 +29,7 @@ running server shows the same at `/docs`, and as an OpenAPI document with its ow
   `x-total-time`, `x-validation-time`, `x-queue-time`, `x-inference-time`, `x-time-per-token` (whole milliseconds),
   `x-prompt-tokens` and `x-generated-tokens`; streams carry the first and the third.
 - Streams are server-sent events, each `data: ` and JSON, with a comment after 15 s of silence.
+- The examples are for the demo model; the one with `documents` is for models whose template takes those.
 
 ## Errors
 
