@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from text_generation_kernels.rms_norm import rms_norm
+from text_generation_kernels.rms_norm import rms_norm_on_cpu
 
 # Sequences up to here are decoded in one product, padded to the longest; longer ones, with those up to twice as long.
 _SHORT_LENGTH = 256
@@ -27,8 +27,8 @@ class _Decodes:
     """Sequences with one query each."""
 
     tokens: torch.Tensor | None  # [B] int64; None: the step's tokens, one after another
-    blocks: torch.Tensor  # [KVH * B * blocks of the longest] int64: rows of a cache, one for each block and head
-    bias: torch.Tensor | None  # [1, B, 1, S]: 0 or -inf; None: every position is attended to
+    blocks: torch.Tensor  # [B * KVH * blocks of the longest] int64: rows of a cache, one for each block and head
+    bias: torch.Tensor | None  # [B, 1, 1, S]: 0 or -inf; None: every position is attended to
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class CpuAttentionPlan:
         begun = blocks[offsets == 0]
         partly = begun[~np.isin(begun, blocks[offsets == self._block_size - 1])]
         self._begun = torch.from_numpy((partly[:, None] * self._num_kv_heads + heads).reshape(-1))
+        self._begins_blocks = len(partly) > 0
 
     def rotation(self, cos_sin_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors, [T, 1, rotary_dim], of a head and of the head with its halves exchanged; all layers' are the same.
@@ -82,9 +83,10 @@ class CpuAttentionPlan:
     def write(self, key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         """Store the step's keys and values, both [T, KVH, D]."""
         for new, cache in ((key, key_cache), (value, value_cache)):
-            if len(self._begun):
+            if self._begins_blocks:
                 self._by_block(cache).index_fill_(0, self._begun, 0)
-            cache.view(-1, cache.shape[3]).index_copy_(0, self._written, new.reshape(-1, cache.shape[3]))
+            rows = cache.view(-1, cache.shape[3])
+            rows.index_copy_(0, self._written, new.reshape(-1, rows.shape[1]))
 
     def attend(
         self,
@@ -113,12 +115,12 @@ class CpuAttentionPlan:
         return cache.view(cache.shape[0] * self._num_kv_heads, -1)
 
     def _blocks(self, rows: NDArray[np.int64], lengths: NDArray[np.int32]) -> torch.Tensor:
-        """Rows of a cache for each head, sequence and block; a shorter sequence's first block stands in for more."""
+        """Rows of a cache for each sequence, head and block; a shorter sequence's first block stands in for more."""
         num_blocks = -(-lengths // self._block_size)
         tables = self._block_tables[rows, : num_blocks.max()].astype(np.int64)
         tables = np.where(np.arange(tables.shape[1]) < num_blocks[:, None], tables, tables[:, :1])
-        heads = np.arange(self._num_kv_heads)[:, None, None]
-        return torch.from_numpy((tables * self._num_kv_heads + heads).reshape(-1))
+        heads = np.arange(self._num_kv_heads)[:, None]
+        return torch.from_numpy((tables[:, None] * self._num_kv_heads + heads).reshape(-1))
 
     def _bias(self, is_attended: NDArray[np.bool_]) -> torch.Tensor:
         bias = torch.zeros(is_attended.shape, dtype=self._dtype)
@@ -140,7 +142,7 @@ class CpuAttentionPlan:
             yield _Decodes(
                 None if tokens is None else torch.from_numpy(tokens),
                 blocks,
-                None if is_attended.all() else self._bias(is_attended)[None, :, None],
+                None if is_attended.all() else self._bias(is_attended)[:, None, None],
             )
 
     def _prompts(self, sliding_window: int | None) -> Iterator[_Prompt]:
@@ -163,15 +165,15 @@ class CpuAttentionPlan:
     ) -> torch.Tensor:
         """The query heads that share a key head are the rows of one product, so K and V are read once."""
         batch, num_heads, head_dim = query.shape
-        shape = (self._num_kv_heads, batch, -1, head_dim)
+        shape = (batch, self._num_kv_heads, -1, head_dim)
         output = F.scaled_dot_product_attention(
-            query.view(batch, self._num_kv_heads, -1, head_dim).transpose(0, 1),
+            query.view(shape),
             keys.index_select(0, group.blocks).view(shape),
             values.index_select(0, group.blocks).view(shape),
             attn_mask=group.bias,
             scale=scale,
         )
-        return output.transpose(0, 1).reshape(batch, num_heads, head_dim)
+        return output.reshape(batch, num_heads, head_dim)
 
     def _prefill(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompt: _Prompt, scale: float
@@ -204,20 +206,23 @@ def cpu_attention(
 ) -> torch.Tensor:
     """The heads' outputs, [T, H * D]; rotated keys and the values go to the caches. Heads are normed first if asked."""
     num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    heads = qkv.view(len(qkv), -1, head_dim)
-    num_heads = heads.shape[1] - 2 * num_kv_heads
-    rotated = heads[:, : num_heads + num_kv_heads]
+    num_tokens, width = qkv.shape
+    num_rotated = width // head_dim - num_kv_heads
+    num_heads = num_rotated - num_kv_heads
+    rotated, value = qkv.view(num_tokens, -1, head_dim).split((num_rotated, num_kv_heads), dim=1)
     if query_norm is not None and key_norm is not None:
         query, key = rotated.split((num_heads, num_kv_heads), dim=1)
-        rotated = torch.cat((rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)), dim=1)
-    rotated = _rotate(rotated, *plan.rotation(cos_sin_cache))
-    plan.write(rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :], key_cache, value_cache)
-    return plan.attend(rotated[:, :num_heads], key_cache, value_cache, scale, sliding_window).flatten(1)
+        rotated = torch.cat((rms_norm_on_cpu(query, query_norm, eps), rms_norm_on_cpu(key, key_norm, eps)), dim=1)
+    query, key = _rotate(rotated, *plan.rotation(cos_sin_cache)).split((num_heads, num_kv_heads), dim=1)
+    plan.write(key, value, key_cache, value_cache)
+    return plan.attend(query, key_cache, value_cache, scale, sliding_window).view(num_tokens, -1)
 
 
 def _rotate(heads: torch.Tensor, factor: torch.Tensor, exchanged_factor: torch.Tensor) -> torch.Tensor:
     """Each head's first dimensions, as many as there are factors, rotated by halves."""
     rotary_dim = factor.shape[2]
-    turned = heads[..., :rotary_dim].float()
-    turned = torch.addcmul(turned * factor, turned.roll(rotary_dim // 2, dims=-1), exchanged_factor).to(heads.dtype)
-    return turned if rotary_dim == heads.shape[2] else torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
+    if rotary_dim < heads.shape[2]:
+        turned = _rotate(heads[..., :rotary_dim], factor, exchanged_factor)
+        return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
+    wide = heads.float()
+    return torch.addcmul(wide * factor, wide.roll(rotary_dim // 2, dims=-1), exchanged_factor).to(heads.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 GROUP_SIZE = 32
+_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 # torch wants the outputs in tiles of 16.
 _OUTPUT_TILE = 16
 
@@ -63,7 +64,7 @@ def pack_int4(parts: Sequence[GroupedWeight]) -> Int4Weight | None:
 
 def int4_linear(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """x times the transposed weight."""  # [M, K] -> [M, N]
-    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.bfloat16(), weight.codes, GROUP_SIZE, weight.scales_and_zeros
-    )
-    return product.to(x.dtype)
+    if x.dtype != torch.bfloat16:
+        return int4_linear(x.bfloat16(), weight).to(x.dtype)
+    product: torch.Tensor = _multiply(x, weight.codes, GROUP_SIZE, weight.scales_and_zeros)
+    return product

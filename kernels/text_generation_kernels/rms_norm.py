@@ -1,7 +1,8 @@
 """Root-mean-square norm, alone and after adding the residual. One program per row, which stays in registers."""
 
+import functools
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -14,7 +15,7 @@ LARGEST_ROW = 32768
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The normed rows of `x`."""  # [T, hidden], [hidden] -> [T, hidden]
     if not runs_kernel(x):
-        return _on_cpu(x, weight, eps)
+        return rms_norm_on_cpu(x, weight, eps)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, weight, normed, None, eps)
     return normed
@@ -26,13 +27,10 @@ def add_rms_norm(
     weight: torch.Tensor,  # [hidden]
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed sum of both and the sum itself, which is the new residual.
-
-    On a CPU the sum is float32: rounded in each layer, it would lose more than all else does.
-    """
+    """The normed sum of both and the sum itself, which is the new residual; on a CPU it is float32."""
     if not runs_kernel(x):
         total = residual.float() + x
-        return _on_cpu(total, weight, eps), total
+        return rms_norm_on_cpu(total, weight, eps), total
     assert x.shape == residual.shape
     assert x.dtype == residual.dtype
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -41,8 +39,17 @@ def add_rms_norm(
     return normed, total
 
 
-def _on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(weight.dtype).mul_(weight)
+def rms_norm_on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` of a CPU tensor: the root in float32, the result in the weight's type."""
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = torch.addcmul(_constant(eps), length, length, value=1.0 / weight.shape[0]).rsqrt_()
+    return (wide * scale).to(weight.dtype).mul_(weight)
+
+
+@functools.cache
+def _constant(number: float) -> torch.Tensor:
+    return torch.tensor(number)
 
 
 def _launch(

@@ -1,13 +1,13 @@
 """Self-attention over paged KV memory: projections, rotary embedding, the cache, the output product."""
 
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 from text_generation_kernels.paged_attention import paged_attention
 from text_generation_kernels.rotary_kv_write import rotary_kv_write
 from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
-from text_generation_shard.forward_context import get_forward_context
+from text_generation_shard.forward_context import KernelAttentionPlan, get_forward_context
+from text_generation_shard.layers.cpu_decoder import CpuAttention
 from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from text_generation_shard.layers.norm import RMSNorm
 from text_generation_shard.layers.partition import Partition, WeightTarget
@@ -42,33 +42,31 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         residual: torch.Tensor,
         next_norm: RMSNorm,
-        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
-        """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum.
-
-        The product and what follows are of all tokens, or of those that `rows` names.
-        """
+        """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum."""
         context = get_forward_context()
         key_cache, value_cache = context.kv_caches[self.layer]
-        query_norm, key_norm = (None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm))
-        qkv, plan = self.qkv(x), context.plan
-        if isinstance(plan, CpuAttentionPlan):
-            heads = cpu_attention(
-                qkv, key_cache, value_cache, plan, self.rotary.cos_sin_cache, self.scale, self.sliding_window,
-                query_norm, key_norm, self.norm_eps,
-            )  # fmt: skip
-        else:
-            query = rotary_kv_write(
-                qkv, positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
-                query_norm, key_norm, self.norm_eps,
-            )  # fmt: skip
-            heads = paged_attention(
-                query, key_cache, value_cache, plan.block_tables, plan.workspaces[self.sliding_window], self.scale,
-                self.sliding_window,
-            ).flatten(1)  # fmt: skip
-        if rows is not None:
-            heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
-        return self.output.add_norm(heads, residual, next_norm)
+        plan = context.plan
+        assert isinstance(plan, KernelAttentionPlan), "a CPU's steps go through CpuDecoder"
+        query_norm, key_norm = self._head_norms()
+        query = rotary_kv_write(
+            self.qkv(x), positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
+            query_norm, key_norm, self.norm_eps,
+        )  # fmt: skip
+        heads = paged_attention(
+            query, key_cache, value_cache, plan.block_tables, plan.workspaces[self.sliding_window], self.scale,
+            self.sliding_window,
+        )  # fmt: skip
+        return self.output.add_norm(heads.flatten(1), residual, next_norm)
+
+    def on_cpu(self) -> CpuAttention:
+        """Its part of a CpuDecoder, once the weights are loaded."""
+        return CpuAttention(self.qkv.forward, self.output.forward, self.scale, self.sliding_window, *self._head_norms())
+
+    def _head_norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.query_norm is None or self.key_norm is None:
+            return None, None
+        return self.query_norm.weight, self.key_norm.weight
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""

@@ -44,12 +44,13 @@ class ProductWeight:
 
     def linear(self, x: torch.Tensor | ScaledRows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x times the transposed weight, plus the bias."""  # [M, K] -> [M, N]
-        if self.is_skinny(x):
-            return skinny_linear(x, self.parameter, bias)
-        assert isinstance(x, torch.Tensor)
         if self._packed is None:
+            if self.is_skinny(x):
+                return skinny_linear(x, self.parameter, bias)
+            assert isinstance(x, torch.Tensor)
             return F.linear(x, self.parameter, bias)
-        if self._int4 is not None and len(x) <= self._max_int4_rows:
+        assert isinstance(x, torch.Tensor)
+        if self._int4 is not None and x.shape[0] <= self._max_int4_rows:
             product = int4_linear(x, self._int4)
             return product if bias is None else product.add_(bias)
         return packed_linear(x, self._packed, bias)

@@ -1,12 +1,13 @@
 """The Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told apart by flags of ModelConfig."""
 
-from itertools import pairwise
-
 import torch
+from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
+from text_generation_shard.forward_context import get_forward_context
 from text_generation_shard.layers.attention import Attention
+from text_generation_shard.layers.cpu_decoder import CpuDecoder, CpuLayer
 from text_generation_shard.layers.embedding import LanguageModelHead, VocabParallelEmbedding
 from text_generation_shard.layers.mlp import GatedMLP
 from text_generation_shard.layers.norm import RMSNorm
@@ -31,11 +32,20 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor,
         positions: torch.Tensor,
         next_norm: RMSNorm,
-        rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
-        """From the normed sum of what came before, and that sum, to the same behind this layer, of some rows or all."""
-        normed, residual = self.attention(normed, positions, residual, self.mlp_norm, rows)
+        """From the normed sum of what came before, and that sum, to the same behind this layer."""
+        normed, residual = self.attention(normed, positions, residual, self.mlp_norm)
         return self.mlp(normed, residual, next_norm)  # type: ignore[no-any-return]
+
+    def on_cpu(self) -> CpuLayer:
+        """Its part of a CpuDecoder, once the weights are loaded."""
+        return CpuLayer(
+            self.attention_norm.weight,
+            self.attention.on_cpu(),
+            self.mlp_norm.weight,
+            self.mlp.gate_up.forward,
+            self.mlp.down.forward,
+        )
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""
@@ -65,21 +75,32 @@ class LlamaModel(nn.Module):
             partition,
             tied_to=self.embedding if config.tie_word_embeddings else None,
         )
+        self._cos_sin_cache = rotary.cos_sin_cache
+        self._cpu_decoder: CpuDecoder | None = None
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states after the last norm, of the step's tokens or of those that `rows` names.
-
-        Of the others the last layer computes keys and values, which later tokens attend to, and nothing behind them.
-        """  # [T], [T], [R] -> [T or R, hidden]
+        """Hidden states after the last norm, of the step's tokens or of those that `rows` names."""
+        # [T], [T], [R] -> [T or R, hidden]
         residual: torch.Tensor = self.embedding(input_ids)
-        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        context = get_forward_context()
+        if isinstance(context.plan, CpuAttentionPlan):
+            self._cpu_decoder = self._cpu_decoder or self._on_cpu()
+            return self._cpu_decoder.run(residual, rows, context.kv_caches, context.plan)
+        layers = self._decoder_layers()
         normed: torch.Tensor | ScaledRows = layers[0].attention_norm(residual)
-        for layer, next_layer in pairwise(layers):
-            normed, residual = layer(normed, residual, positions, next_layer.attention_norm, None)
-        normed, residual = layers[-1](normed, residual, positions, self.norm, rows)
-        return self.norm(residual) if isinstance(normed, ScaledRows) else normed
+        for layer, next_norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), self.norm], strict=True):
+            normed, residual = layer(normed, residual, positions, next_norm)
+        hidden: torch.Tensor = self.norm(residual) if isinstance(normed, ScaledRows) else normed
+        return hidden if rows is None else hidden.index_select(0, rows)
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def _on_cpu(self) -> CpuDecoder:
+        layers = [layer.on_cpu() for layer in self._decoder_layers()]
+        return CpuDecoder(layers, self.norm.weight, self.norm.eps, self._cos_sin_cache)
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits of some rows, complete on every rank; every rank must call it."""  # [R, hidden] -> [R, vocab]
