@@ -27,9 +27,8 @@ class BlockManager:
         """Begin with `num_blocks` free ones; whatever was held or cached is forgotten."""
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        self._num_touched = 0  # blocks from this id on were never used
-        self._free: list[int] = []  # those that were, and are free
-        self._num_holders = [0] * num_blocks
+        self._free: list[int] = []  # of the blocks that were used before
+        self._num_holders: list[int] = []  # of the blocks that were ever used: those with the lowest ids
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
@@ -37,7 +36,7 @@ class BlockManager:
     @property
     def num_available(self) -> int:
         """Blocks that can be allocated now; cached ones count, they are given up when needed."""
-        return self.num_blocks - self._num_touched + len(self._free) + len(self._cached)
+        return self.num_blocks - len(self._num_holders) + len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
@@ -66,9 +65,9 @@ class BlockManager:
     def _take(self) -> int:
         if self._free:
             return self._free.pop()
-        if self._num_touched < self.num_blocks:
-            self._num_touched += 1
-            return self._num_touched - 1
+        if len(self._num_holders) < self.num_blocks:
+            self._num_holders.append(0)
+            return len(self._num_holders) - 1
         return self._evict()
 
     def _evict(self) -> int:
@@ -128,8 +127,7 @@ class BlockManager:
     def check(self) -> None:
         """Assert that every block is in exactly one state."""
         num_held = sum(holders > 0 for holders in self._num_holders)
-        assert num_held + len(self._free) + len(self._cached) == self._num_touched
-        assert not any(self._num_holders[self._num_touched :])
+        assert num_held + len(self._free) + len(self._cached) == len(self._num_holders)
         assert len(set(self._free)) == len(self._free)
         assert not set(self._free) & set(self._cached)
         assert all(block in self._hash_of_block for block in self._cached)
