@@ -1,7 +1,8 @@
-"""Products of a few rows with 4-bit weights on a CPU, by torch's own kernel.
+"""Products of a few rows with 4-bit and 8-bit weights on a CPU, by torch's own kernel for 4 bits.
 
 It takes bfloat16 activations; with others it is 25 times slower. Activations of another type are rounded on the way
-in, and the products widened on the way out.
+in, and the products widened on the way out. An 8-bit code is 16 times its upper half plus its lower one: two weights
+of 4 bits, multiplied with the same activations.
 """
 
 from collections.abc import Sequence
@@ -43,14 +44,21 @@ class Int4Weight:
 
     codes: torch.Tensor  # [N, K / 2] uint8
     scales_and_zeros: torch.Tensor  # [K / GROUP_SIZE, N, 2] bfloat16; a weight is (code - 8) * scale + zero
+    has_halves: bool  # the first K / 2 columns are upper halves of 8-bit codes, the others their lower halves
 
 
 def pack_int4(parts: Sequence[GroupedWeight]) -> Int4Weight | None:
-    """The parts, one below the other, as one weight; None where torch has no fast product with it."""
+    """The parts, one below the other, as one weight; None where torch has no fast product with it.
+
+    All parts have 4-bit codes, or all have 8-bit ones.
+    """
     num_rows = sum(len(part.codes) for part in parts)
     is_fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if not is_fast or num_rows % _OUTPUT_TILE or any(part.codes.dtype != torch.uint8 for part in parts):
+    if not is_fast or num_rows % _OUTPUT_TILE or len({part.codes.dtype for part in parts}) > 1:
         return None
+    has_halves = parts[0].codes.dtype == torch.int8
+    if has_halves:
+        parts = [_in_halves(part) for part in parts]
     codes = torch.cat([part.codes for part in parts]).int()
     scales = torch.cat([part.scales for part in parts])
     minimums = torch.cat([part.scales * 0 if part.minimums is None else part.minimums for part in parts])
@@ -59,6 +67,18 @@ def pack_int4(parts: Sequence[GroupedWeight]) -> Int4Weight | None:
     return Int4Weight(
         torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
         torch.stack((scales.T, zeros.T), dim=2).bfloat16().contiguous(),
+        has_halves,
+    )
+
+
+def _in_halves(weight: GroupedWeight) -> GroupedWeight:
+    """8-bit codes as 4-bit ones: a matrix of the upper halves, and the lower halves' beside it."""
+    assert weight.minimums is None
+    upper, lower = (weight.codes >> 4) + 8, weight.codes & 0x0F
+    return GroupedWeight(
+        torch.cat((upper, lower), dim=1).to(torch.uint8),
+        torch.cat((weight.scales * 16, weight.scales), dim=1),
+        torch.cat((weight.scales * -128, torch.zeros_like(weight.scales)), dim=1),
     )
 
 
@@ -66,5 +86,7 @@ def int4_linear(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """x times the transposed weight."""  # [M, K] -> [M, N]
     if x.dtype != torch.bfloat16:
         return int4_linear(x.bfloat16(), weight).to(x.dtype)
+    if weight.has_halves:
+        x = torch.cat((x, x), dim=1)
     product: torch.Tensor = _multiply(x, weight.codes, GROUP_SIZE, weight.scales_and_zeros)
     return product

@@ -34,9 +34,9 @@ class GgufSource:
         destination.copy_(self.read(rows, columns))
 
     def read_groups(self, rows: slice, columns: slice | None = None) -> GroupedWeight | None:
-        """Those rows as groups of 4-bit codes; None where the type has others, or the columns cut a group."""
+        """Those rows as groups of codes; None where the type has none, or the columns cut a group."""
         first, end = (0, self.shape[-1]) if columns is None else (columns.start, columns.stop)
-        if self._tensor.quant_type not in _FOUR_BIT or first % GROUP_SIZE or end % GROUP_SIZE:
+        if self._tensor.quant_type not in _GROUPED or first % GROUP_SIZE or end % GROUP_SIZE:
             return None
         stored = grouped(self._tensor, rows)
         groups = slice(first // GROUP_SIZE, end // GROUP_SIZE)
@@ -126,4 +126,3 @@ _GROUPED: dict[str, tuple[int, Callable[[torch.Tensor], _Groups]]] = {
     "Q4_1": (20, _q4_1),
     "Q8_0": (34, _q8_0),
 }
-_FOUR_BIT = ("Q4_0", "Q4_1")

@@ -69,6 +69,21 @@ def test_product_of_a_step_without_rows() -> None:
 def test_what_cannot_be_packed() -> None:
     assert pack_int4([grouped(24, 32)]) is None, "outputs are not tiles of 16"
     weight = grouped(16, 32)
-    wide = GroupedWeight(weight.codes.view(torch.int8), weight.scales, weight.minimums)
-    assert pack_int4([wide]) is None, "8-bit codes"
+    wide = GroupedWeight(weight.codes.view(torch.int8), weight.scales, None)
     assert pack_int4([weight, wide]) is None, "not all of one kind"
+
+
+def test_8_bits_are_multiplied_in_halves() -> None:
+    """Every code there is, one a row. Scales are rounded, and the product; halves err by as much as they are large."""
+    codes = torch.arange(-128, 128).to(torch.int8)[:, None].expand(256, 64).contiguous()
+    scales = torch.rand(256, 2, generator=torch.Generator().manual_seed(4)) + 0.5
+    packed = pack_int4([GroupedWeight(codes[:96], scales[:96], None), GroupedWeight(codes[96:], scales[96:], None)])
+    if packed is None:
+        pytest.skip("this processor has no fast 4-bit product")
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    x[0, 5], x[1, 63], x[2, 31:33] = 1.0, -2.0, 0.5
+    scale = scales.double().repeat_interleave(GROUP_SIZE, dim=1)
+    expected = x.double() @ (codes.double() * scale).T
+    sizes = (codes.double() // 16).abs() * 16 + 15
+    allowed = EPSILON * (x.double().abs() @ (sizes * scale).T + expected.abs())
+    assert ((int4_linear(x, packed).double() - expected).abs() <= allowed + 1e-6).all()

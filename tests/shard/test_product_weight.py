@@ -149,6 +149,18 @@ def test_tied_head_and_embedding(quant: str, int4_rows: list[int]) -> None:
     assert int4_rows == ([3] if quant == "Q4_1" else [])
 
 
+def test_8_bits_of_a_bfloat16_head(int4_rows: list[int]) -> None:
+    source, values = stored("Q8_0", 48, 64)
+    head = LanguageModelHead(48, 64, partition(WeightForm.QUANTISED, dtype=torch.bfloat16))
+    head.targets("h")["h.weight"].load(source)
+    if not head.product.is_packed:
+        pytest.skip("this processor has no products in bfloat16")
+    for count in (1, 3, 4):
+        x = rows_of(count, 64)
+        assert_near(head(x.bfloat16()), x.double() @ values.T, 2**-8)
+    assert int4_rows == ([1, 3] if torch.backends.cpu.get_cpu_capability() == "AVX512" else [])
+
+
 def test_untied_head_and_embedding(int4_rows: list[int]) -> None:
     source, values = stored("Q4_1", 48, 64)
     embedding = VocabParallelEmbedding(48, 64, partition(WeightForm.QUANTISED))
@@ -179,13 +191,13 @@ def test_a_padded_share_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
     assert (logits[:, 31:] == 0).all()
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("head_dim", [None, 16])
 def test_groups_are_the_numbers_of_the_file(quant: str, head_dim: int | None) -> None:
     source, values = stored(quant, 64, 128, head_dim=head_dim)
     groups = source.read_groups(slice(16, 48), slice(32, 96))
     assert groups is not None
-    assert int(groups.codes.max()) == 15
+    assert int(groups.codes.max()) == (127 if quant == "Q8_0" else 15)
     assert torch.equal(groups.values().double(), values[16:48, 32:96])
     assert source.read_groups(slice(16, 48), slice(16, 96)) is None
     assert source.read_groups(slice(16, 48), slice(32, 80)) is None

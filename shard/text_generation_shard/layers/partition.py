@@ -22,7 +22,7 @@ class CheckpointTensor(Protocol):
 
 @runtime_checkable
 class QuantisedTensor(CheckpointTensor, Protocol):
-    """A tensor whose checkpoint may hold it in 4 bits."""
+    """A tensor whose checkpoint may hold it in 4 or 8 bits."""
 
     def read_groups(self, rows: slice, columns: slice | None = None) -> GroupedWeight | None:
         """The part as it is stored; None where it is stored otherwise, or the columns cut a group."""
@@ -33,7 +33,7 @@ class WeightForm(Enum):
 
     PLAIN = "as it is read; on any device"
     PACKED = "in the order of oneDNN's products; on a CPU"
-    QUANTISED = "packed, and beside it the 4 bits of a file that has those, for products of few rows; on a CPU"
+    QUANTISED = "packed, and beside it the 4 or 8 bits of a file that has those, for products of few rows; on a CPU"
 
 
 @dataclass(frozen=True)
