@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import text_generation_kernels.cpu_attention
 import torch
 from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 
@@ -99,6 +100,31 @@ def test_steps_of_every_kind(dtype: torch.dtype, window: int | None, rotary_dim:
         torch.testing.assert_close(
             torch.cat(parts).double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], msg=f"row {row}"
         )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 150])
+def test_sequences_that_begin_with_the_same_blocks(
+    dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two common beginnings, beside others; decodes with rests of any length behind them, and a prompt that goes on."""
+    monkeypatch.setattr(text_generation_kernels.cpu_attention, "_MIN_KEYS_SAVED", 0)
+    sequences = Sequences([150, 160, 480, 20, 400, 401, 139], dtype)
+    sequences.step({0: 139, 4: 200, 3: 18})
+    for source, length, others in ((0, 136, (1, 2, 6)), (4, 200, (5,))):
+        for row in others:
+            sequences.tables[row, : length // BLOCK_SIZE] = sequences.tables[source, : length // BLOCK_SIZE]
+            sequences.qkv[row][:length] = sequences.qkv[source][:length]
+            sequences.lengths[row] = length
+    steps = [{0: 1, 1: 1, 6: 1}, {1: 20, 2: 300, 0: 1, 4: 1, 5: 1, 6: 1}] + [dict.fromkeys((2, 0, 4, 3, 1, 5), 1)] * 2
+    for step in steps:
+        parts = sequences.step(step, window).split(list(step.values()))
+        for (row, count), part in zip(step.items(), parts, strict=True):
+            expected = sequences.expected(row, window, has_norms=False)[-count:]
+            tolerance = TOLERANCE[dtype]
+            torch.testing.assert_close(
+                part.double(), expected, atol=tolerance, rtol=tolerance, msg=f"{step}, row {row}"
+            )
 
 
 def test_slots_of_others_stay_as_they_are() -> None:
