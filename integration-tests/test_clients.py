@@ -176,3 +176,10 @@ def test_two_parsers_of_server_sent_events(results: dict[str, Any]) -> None:
     assert "\ufffd" not in first["generated_text"].rstrip("\ufffd")  # the limit may cut the last character
     [failed] = first["failed"]
     assert failed["error_type"] == "validation"
+
+
+def test_a_stream_may_be_cut_anywhere(results: dict[str, Any]) -> None:
+    splits = good(results, "sse_splits")
+    assert splits["num_events"] > 5
+    assert splits["num_cuts"] > 500
+    assert splits["wrong"] == []

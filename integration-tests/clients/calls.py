@@ -8,9 +8,10 @@ import asyncio
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from sse import httpx_sse_stream, sse_splits, sseclient_stream
 from structured import hub_structured, langchain_structured, litellm_structured, tgi_structured
 
 QUESTION = "What is the capital of France?"
@@ -226,55 +227,12 @@ def _greedy() -> dict[str, Any]:
     return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "typical_p": None}
 
 
-def httpx_sse_stream(url: str) -> Any:
-    import httpx
-    from httpx_sse import connect_sse
-
-    def events(path: str, body: dict[str, Any]) -> Iterator[Any]:
-        with httpx.Client(timeout=60) as client, connect_sse(client, "POST", url + path, json=body) as source:
-            for event in source.iter_sse():
-                assert (event.event, event.id, event.retry) == ("message", "", None)
-                yield event.data
-
-    return _streams(events)
-
-
-def sseclient_stream(url: str) -> Any:
-    import requests
-    import sseclient
-
-    def events(path: str, body: dict[str, Any]) -> Iterator[Any]:
-        with requests.post(url + path, json=body, stream=True, timeout=60) as response:
-            for event in sseclient.SSEClient(response.iter_content(chunk_size=7)).events():
-                assert (event.event, event.id, event.retry) == ("message", None, None)
-                yield event.data
-
-    return _streams(events)
-
-
-def _streams(events: Callable[[str, dict[str, Any]], Iterator[str]]) -> Any:
-    """Text of many bytes in each of its characters, and an error inside a stream."""
-    emoji = "Repeat exactly: 👩‍👩‍👧 日本語 é 🏳️‍🌈 👩‍👩‍👧 日本語 é 🏳️‍🌈 👩‍👩‍👧 日本語 é"
-    parameters = {"max_new_tokens": 24, "details": True}
-    tokens = [json.loads(data) for data in events("/generate_stream", {"inputs": emoji, "parameters": parameters})]
-    chat = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0, "stream": True}
-    *chunks, done = events("/v1/chat/completions", chat)
-    failed = list(events("/generate_stream", {"inputs": emoji, "parameters": {"temperature": -1}}))
-    return {
-        "pieces": "".join(token["token"]["text"] for token in tokens if not token["token"]["special"]),
-        "generated_text": tokens[-1]["generated_text"],
-        "streamed": "".join(json.loads(chunk)["choices"][0]["delta"]["content"] for chunk in chunks),
-        "done": done,
-        "failed": [json.loads(data) for data in failed],
-    }
-
-
 LIBRARIES: dict[str, tuple[Call, ...]] = {
     "huggingface_hub": (hub_generate, hub_errors, hub_chat, hub_async_chat, hub_structured),
     "text_generation": (tgi_generate, tgi_errors, tgi_chat, tgi_async_generate, tgi_structured),
     "litellm": (litellm_chat, litellm_completion, litellm_errors, litellm_structured),
     "langchain_huggingface": (langchain_generate, langchain_chat, langchain_structured),
-    "sse": (httpx_sse_stream, sseclient_stream),
+    "sse": (httpx_sse_stream, sseclient_stream, sse_splits),
 }
 
 
