@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Server
+    from conftest import Reply, Server
 
 PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
 CURL = re.compile(r"^curl localhost:3000(\S+) -H 'content-type: application/json' -d '\n(.*)'$", re.MULTILINE)
@@ -72,6 +73,29 @@ def templated(serve: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         yield server
 
 
+@pytest.fixture(scope="module")
+def document(exact: Server) -> Any:
+    """The server's own."""
+    return exact.get("/api-doc/openapi.json").json()
+
+
+def check_answer(document: Any, path: str, reply: Reply) -> int:
+    """The body, or each event, is what the document says; gives their number."""
+    media = reply.headers["content-type"].partition(";")[0]
+    schema = document["paths"][path]["post"]["responses"]["200"]["content"][media]["schema"]
+    if media == "text/event-stream":
+        data = schema["properties"]["data"]
+        schema = next(one["contentSchema"] for one in (data, *data.get("anyOf", [])) if "contentSchema" in one)
+    validator = jsonschema.Draft202012Validator({**schema, "components": document["components"]})
+    texts = [reply.body.decode()]
+    if media == "text/event-stream":
+        blocks = texts[0].split("\n\n")
+        texts = [block.removeprefix("data: ") for block in blocks if block not in ("", "data: [DONE]")]
+    for text in texts:
+        validator.validate(json.loads(text))
+    return len(texts)
+
+
 def test_the_example_for_other_models(templated: Server) -> None:
     [(path, body)] = [(path, body) for path, body in EXAMPLES if "documents" in json.loads(body)]
     assert templated.request("POST", path, body.encode()).status == 200
@@ -84,10 +108,29 @@ OF_THE_DEMO = [(path, body) for path, body in EXAMPLES if "documents" not in jso
 
 
 @pytest.mark.parametrize(("path", "body"), OF_THE_DEMO, ids=[f"{path} {body[:60]}" for path, body in OF_THE_DEMO])
-def test_example(exact: Server, path: str, body: str) -> None:
+def test_example(exact: Server, document: Any, path: str, body: str) -> None:
     reply = exact.request("POST", path, body.encode())
     assert reply.status == 200, reply.body
     assert "x-ignored-parameters" not in reply.headers
     is_stream = path == "/generate_stream" or json.loads(body).get("stream", False)
     assert (reply.headers["content-type"] == "text/event-stream") == is_stream
     assert b'"error"' not in reply.body
+    assert check_answer(document, path, reply) > (1 if is_stream else 0)
+
+
+@pytest.mark.parametrize("path", ["/", "/generate_stream", "/v1/chat/completions", "/v1/completions"])
+def test_examples_as_streams(exact: Server, document: Any, path: str) -> None:
+    """Each is what the document says, too, or refused for `best_of`."""
+    source = "/generate" if path in ("/", "/generate_stream") else path
+    num_streams = 0
+    for other, text in OF_THE_DEMO:
+        if other == source:
+            body = json.loads(text)
+            reply = exact.post(path, {**body, "stream": True})
+            if reply.status == 200:
+                assert check_answer(document, path, reply) > 0
+                num_streams += b'"error"' not in reply.body
+            else:
+                assert reply.status == 422
+                assert b"best_of" in reply.body or b"decoder_input_details" in reply.body
+    assert num_streams >= 2
