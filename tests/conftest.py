@@ -3,9 +3,9 @@
 That is on the GPU, or else under Triton's interpreter in a child pytest.
 
 Triton reads TRITON_INTERPRET when it is first imported, which other tests of the same process do too, with it unset.
-So a module that calls kernels says `pytestmark = pytest.mark.interpreted`, and its tests take their tensors' device
-from the fixture `device`. Without a GPU, the first selected test of such a module runs all of the module's selected
-tests in one child with the variable set; each of them then reports what became of it there.
+So a module or a test that calls kernels is marked `pytest.mark.interpreted`, and takes its tensors' device from the
+fixture `device`. Without a GPU, the first selected of a module's marked tests runs all of those in one child with the
+variable set; each of them then reports what became of it there.
 """
 
 import importlib.util
@@ -78,7 +78,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     outcomes = pyfuncitem.config.stash[OUTCOMES]
     if pyfuncitem.path not in outcomes:
-        selected = [item.nodeid for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+        selected = [
+            item.nodeid
+            for item in pyfuncitem.session.items
+            if item.path == pyfuncitem.path and item.get_closest_marker("interpreted") is not None
+        ]
         outcomes[pyfuncitem.path] = run_child(pyfuncitem.config.rootpath, selected)
     outcome, text = outcomes[pyfuncitem.path].get(pyfuncitem.name, ("failed", "the child did not run this test"))
     if outcome == "skipped":

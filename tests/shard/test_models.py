@@ -1,4 +1,4 @@
-"""Every family against transformers, logit by logit, on random weights."""
+"""Every family against transformers, logit by logit, on random weights: a CPU's way through the model, and a GPU's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_generation_kernels.attention_settings import AttentionShape, attention_layout
+from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.cpu_attention import CpuAttentionPlan
-from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_kernels.paged_attention import AttentionWorkspace
+from text_generation_shard.forward_context import ForwardContext, KernelAttentionPlan, forward_context
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.weights import load_model
 from transformers import (
@@ -21,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 SMALL: dict[str, Any] = {
     "hidden_size": 48,
@@ -32,6 +36,8 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+# What a family's case becomes where kernels compute it: the smallest heads that they take.
+FOR_KERNELS = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -82,14 +88,20 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
 class PagedBatch:
     """Some sequences over blocks in shuffled order, computed as many tokens at a time as one likes."""
 
-    def __init__(self, model: torch.nn.Module, config: ModelConfig, sequences: list[list[int]]) -> None:
-        self.model, self.sequences, self.num_computed = model, sequences, [0] * len(sequences)
+    def __init__(
+        self, model: torch.nn.Module, config: ModelConfig, sequences: list[list[int]], device: torch.device = CPU
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.sequences, self.num_computed = sequences, [0] * len(sequences)
         max_blocks = max(-(-len(tokens) // BLOCK_SIZE) for tokens in sequences)
         num_blocks = len(sequences) * max_blocks
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
         self.tables = order.view(len(sequences), max_blocks).int()
         shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        self.caches = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(config.num_layers)]
+        with device:
+            self.caches = [
+                (torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(config.num_layers)
+            ]
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
     def step(self, num_tokens: dict[int, int], last_of: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -106,22 +118,48 @@ class PagedBatch:
             starts.append(len(ids))
             lengths.append(end)
             self.num_computed[row] = end
-        plan = CpuAttentionPlan(
-            self.tables[list(num_tokens)].numpy(),
+        plan = self.plan(
+            self.tables[list(num_tokens)],
             np.array(starts, np.int32),
             np.array(lengths, np.int32),
             np.array(positions),
             np.array(slots),
-            self.caches[0][0],
         )
         with torch.inference_mode(), forward_context(ForwardContext(self.caches, plan)):
             ends = [starts[index + 1] - 1 for index, row in enumerate(num_tokens) if last_of is None or row in last_of]
             rows = None if last_of is None else torch.tensor(ends, dtype=torch.int64)
-            hidden = self.model(torch.tensor(ids), torch.tensor(positions), rows)
+            inputs = torch.tensor([ids, positions], device=self.device)
+            hidden = self.model(inputs[0], inputs[1], rows)
             logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
         for index, row in enumerate(num_tokens) if last_of is None else ():
             self.logits[row].append(logits[starts[index] : starts[index + 1]])
         return logits
+
+    def plan(
+        self, tables: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, slots: np.ndarray
+    ) -> CpuAttentionPlan | KernelAttentionPlan:
+        """How attention goes about a step."""
+        return CpuAttentionPlan(tables.numpy(), starts, lengths, positions, slots, self.caches[0][0])
+
+
+class KernelBatch(PagedBatch):
+    """The same by kernels, as on a GPU."""
+
+    def plan(
+        self, tables: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, slots: np.ndarray
+    ) -> CpuAttentionPlan | KernelAttentionPlan:
+        """One workspace for each sliding window."""
+        config, workspaces = self.config, {}
+        shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, BLOCK_SIZE, torch.float32)
+        layout = attention_layout(shape, self.device, len(positions), len(tables), has_prompts=True)
+        for window in set(config.sliding_windows):
+            work = torch.zeros(layout.size, dtype=torch.int32)
+            plan_attention(layout, work.numpy(), starts, lengths, window)
+            workspaces[window] = AttentionWorkspace(
+                layout, config.num_kv_heads, config.head_dim, self.device, work.to(self.device)
+            )
+        slot_mapping = torch.tensor(slots, dtype=torch.int32, device=self.device)
+        return KernelAttentionPlan(slot_mapping, tables.to(self.device), workspaces)
 
 
 def random_ids(count: int, seed: int) -> list[int]:
@@ -169,6 +207,28 @@ def test_rows_that_are_asked_for_and_the_keys_of_the_others_equal_transformers(
         with torch.no_grad():
             expected = reference(torch.tensor([tokens])).logits[0, -1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_transformers(case: str, device: torch.device, tmp_path: Path) -> None:
+    sizes = CASES[case]()
+    sizes.update(FOR_KERNELS | {"num_key_value_heads": 2 if case == "llama2" else 1})
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = sizes.layer_types[: sizes.num_hidden_layers]
+    reference = random_model(sizes)
+    reference.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    model = load_model(config, sorted(tmp_path.glob("*.safetensors")), torch.float32, device)
+    sequences = [random_ids(20, 1), random_ids(8, 2)]
+    batch = KernelBatch(model, config, sequences, device)
+    batch.step({0: 19, 1: 7})
+    batch.step({0: 1, 1: 1})
+    for tokens, logits in zip(sequences, batch.logits, strict=True):
+        with torch.no_grad():
+            expected = reference(torch.tensor([tokens])).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(torch.cat(logits).cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_family_has_a_case() -> None:
