@@ -1,5 +1,5 @@
-# make serve | make test | make check | make bench-router | make bench-overload | make bench-memory | make bench-cpu |
-# make bench-grammars | make gpu-check
+# make serve | make test | make check | make bench-router | make bench-overload | make bench-memory | make bench-metrics |
+# make bench-cpu | make bench-grammars | make gpu-check
 # See docs/performance.md.
 VENV ?= .venv
 PYTHON ?= python3

@@ -201,11 +201,15 @@ class Benchmark:
         async def send_long(client: Client) -> None:
             context = multiprocessing.get_context("spawn")
             here, there = context.Pipe()
-            prober = context.Process(target=ask_for_health, args=(client.url, there))
+            prober = context.Process(target=ask_for_health, args=(client.url, there), daemon=True)
             prober.start()
+            there.close()  # or its end would not be seen here
             await asyncio.gather(*(client.send(None, num_words=LONG_WORDS) for _ in range(NUM_LONG)))
             here.send("end")
-            took_s.extend(here.recv())
+            try:
+                took_s.extend(here.recv())
+            except EOFError:
+                raise BenchmarkFailed("a probe had another answer than 200") from None
             prober.join()
 
         config = {"max_concurrent_requests": NUM_LONG, "max_input_tokens": LONG_LIMIT}

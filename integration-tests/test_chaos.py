@@ -181,16 +181,16 @@ def _usage(server: Server) -> dict[str, tuple[int, int]]:
     launcher = psutil.Process(server.process.pid)
     (router,) = (child for child in launcher.children() if ROUTER in child.cmdline())
     return {
-        name: (_anonymous_bytes(process), process.num_fds())
+        name: (_private_bytes(process), process.num_fds())
         for name, process in (("launcher", launcher), ("router", router))
     }
 
 
-def _anonymous_bytes(process: psutil.Process) -> int:
-    """Memory that stands for no file."""
+def _private_bytes(process: psutil.Process) -> int:
+    """Memory that stands for no file, swapped or not."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem", "VmSwap"))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_chaos(server: Server, collector: socket.socket) -> None:
     _check_counters(before, server.metrics(), load.endings)
     if usage is not None:
         after = _usage(server)
-        print(f"anonymous bytes and file descriptors at minute 2 {usage}, at the end {after}")
+        print(f"private bytes and file descriptors at minute 2 {usage}, at the end {after}")
         for name, (memory, descriptors) in after.items():
             assert memory <= usage[name][0] * 1.05, (name, memory, usage[name])
             assert descriptors <= usage[name][1] * 1.05, (name, descriptors, usage[name])

@@ -54,7 +54,7 @@ def test_a_killed_child_ends_everything(server: Server, package: str, name: str)
     assert "SIGKILL" in last_line
 
 
-@pytest.mark.parametrize(("number", "num_shards"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 3)])
+@pytest.mark.parametrize(("number", "num_shards"), [(signal.SIGKILL, 3), (signal.SIGSTOP, 3)])
 def test_a_stream_outlives_its_shards(launch: Any, tiny_model: Path, number: signal.Signals, num_shards: int) -> None:
     body = {**BODY, "parameters": {**BODY["parameters"], "max_new_tokens": 200}}
     with launch("--model-id", str(tiny_model), "--dtype", "float32", "--num-shard", str(num_shards)) as server:

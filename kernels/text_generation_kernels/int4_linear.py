@@ -42,7 +42,7 @@ class GroupedWeight:
 class Int4Weight:
     """4-bit codes in the order of torch's kernel; groups keep their scales and minimums, rounded to bfloat16."""
 
-    codes: torch.Tensor  # [N, K / 2] uint8
+    codes: torch.Tensor  # [N, K / 2] uint8; K is doubled if has_halves
     scales_and_zeros: torch.Tensor  # [K / GROUP_SIZE, N, 2] bfloat16; a weight is (code - 8) * scale + zero
     has_halves: bool  # the first K / 2 columns are upper halves of 8-bit codes, the others their lower halves
 

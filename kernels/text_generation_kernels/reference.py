@@ -1,4 +1,4 @@
-"""Operations in plain PyTorch: what the Triton kernels are tested against, and most of what a CPU runs.
+"""Operations in plain PyTorch: what the Triton kernels are tested against.
 
 Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size, V vocabulary.
 """

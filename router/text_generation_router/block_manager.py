@@ -126,6 +126,7 @@ class BlockManager:
 
     def check(self) -> None:
         """Assert that every block is in exactly one state."""
+        assert len(self._num_holders) <= self.num_blocks
         num_held = sum(holders > 0 for holders in self._num_holders)
         assert num_held + len(self._free) + len(self._cached) == len(self._num_holders)
         assert len(set(self._free)) == len(self._free)

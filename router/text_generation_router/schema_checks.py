@@ -90,13 +90,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         _is_count,
         ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"),
     ),
-    "a text": (lambda value: isinstance(value, str), ("pattern", "format", "$ref", "$anchor", "$id")),
+    "a string": (lambda value: isinstance(value, str), ("pattern", "format", "$ref", "$anchor", "$id")),
     "a list": (lambda value: isinstance(value, list), ("enum",)),
-    "a list of texts": (_are_texts, ("required",)),
-    "a type's name or a list of them": (
-        _is_type,
-        ("type",),
-    ),
+    "a list of strings": (_are_texts, ("required",)),
+    "a type's name or a list of them": (_is_type, ("type",)),
     "a schema": (_is_schema, ("additionalProperties", "additionalItems")),
     "a schema, or a list of them": (
         lambda value: _is_schema(value) or _are_schemas(value),  # the list is that of drafts before 2020-12
@@ -105,7 +102,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a list of schemas, not empty": (_are_schemas, ("allOf", "anyOf", "oneOf", "prefixItems")),
     "schemas by name": (
         lambda value: isinstance(value, dict) and all(map(_is_schema, value.values())),
-        ("properties", "patternProperties"),
+        ("properties", "patternProperties", "$defs", "definitions"),
     ),
 }
 _CHECKS = {keyword: (check, text) for text, (check, keywords) in _VALUES.items() for keyword in keywords}

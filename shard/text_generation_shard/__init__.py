@@ -4,5 +4,5 @@ Imports, of our packages, text_generation_proto and text_generation_kernels. Imp
 model_files.py and config.py must load without torch.
 
 Heart of the room: model_runner.py, one step. Read config.py, server.py, model_runner.py, input_batch.py,
-forward_context.py, then models/ and layers/.
+forward_context.py, then models/ and layers/ (a CPU's forward pass is layers/cpu_decoder.py).
 """

@@ -1,4 +1,4 @@
-"""Steps on a CPU: at once, with the reference implementation of every operation."""
+"""Steps on a CPU: at once, one after the other."""
 
 import time
 from dataclasses import dataclass

@@ -22,9 +22,9 @@ class FewTokens:
 
     samples: Int64Array  # [F] which of the step's rows these are
     # Of each allowed token: its row among these, its place there, in the order of ids, and its id.
-    _rows: Int64Array
-    _places: Int64Array
-    _token_ids: Int64Array
+    rows: Int64Array
+    places: Int64Array
+    allowed_ids: Int64Array
 
     @classmethod
     def find(cls, masks: Int32Array, mask_rows: Int32Array, vocab_size: int) -> "FewTokens":
@@ -43,12 +43,12 @@ class FewTokens:
     def logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Those of the allowed tokens, -inf behind them."""  # [num_samples, V] -> [F, MAX_FEW_TOKENS]
         few = logits.new_full((len(self.samples), MAX_FEW_TOKENS), -torch.inf)
-        rows, places = torch.from_numpy(self._rows), torch.from_numpy(self._places)
-        few[rows, places] = logits[torch.from_numpy(self.samples[self._rows]), torch.from_numpy(self._token_ids)]
+        rows, places = torch.from_numpy(self.rows), torch.from_numpy(self.places)
+        few[rows, places] = logits[torch.from_numpy(self.samples[self.rows]), torch.from_numpy(self.allowed_ids)]
         return few
 
     def token_ids(self, places: Int64Array) -> Int64Array:
         """The tokens at a place of each row."""  # [F] -> [F]
         ids = np.zeros((len(self.samples), MAX_FEW_TOKENS), np.int64)
-        ids[self._rows, self._places] = self._token_ids
+        ids[self.rows, self.places] = self.allowed_ids
         return np.take_along_axis(ids, places[:, None], axis=1)[:, 0]

@@ -67,7 +67,7 @@ def _computes_in_bfloat16() -> bool:
 
 
 def choose_form(configured_dtype: str | None, device: torch.device) -> WeightForm:
-    """A CPU multiplies with a checkpoint's 4-bit weights, unless a type was asked for: then with that type alone."""
+    """A CPU multiplies with 4- and 8-bit weights of a checkpoint, unless a type was asked for: then with that alone."""
     if device.type != "cpu":
         return WeightForm.PLAIN
     return WeightForm.QUANTISED if configured_dtype is None else WeightForm.PACKED

@@ -1,10 +1,10 @@
 """Attention on a CPU against float64, over caches in which other sequences left NaN."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-import text_generation_kernels.cpu_attention
 import torch
 from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 
@@ -108,7 +108,8 @@ def test_sequences_that_begin_with_the_same_blocks(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two common beginnings, beside others; decodes with rests of any length behind them, and a prompt that goes on."""
-    monkeypatch.setattr(text_generation_kernels.cpu_attention, "_MIN_KEYS_SAVED", 0)
+    monkeypatch.setattr("text_generation_kernels.cpu_attention._MIN_KEYS_SAVED", 0)
+    prefixes = noted_prefixes(monkeypatch)
     sequences = Sequences([150, 160, 480, 20, 400, 401, 139], dtype)
     sequences.step({0: 139, 4: 200, 3: 18})
     for source, length, others in ((0, 136, (1, 2, 6)), (4, 200, (5,))):
@@ -125,6 +126,30 @@ def test_sequences_that_begin_with_the_same_blocks(
             torch.testing.assert_close(
                 part.double(), expected, atol=tolerance, rtol=tolerance, msg=f"{step}, row {row}"
             )
+    assert any(prefixes) == (window is None)
+
+
+def test_a_short_common_beginning_is_read_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = noted_prefixes(monkeypatch)
+    sequences = Sequences([150, 160], torch.float32)
+    sequences.tables[1, : 136 // BLOCK_SIZE] = sequences.tables[0, : 136 // BLOCK_SIZE]
+    sequences.step({0: 140, 1: 140})
+    sequences.step({0: 1, 1: 1})
+    assert prefixes
+    assert not any(prefixes)
+
+
+def noted_prefixes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each group of decodes, from now on, reads a common beginning once."""
+    prefixes = []
+    decodes_behind = CpuAttentionPlan._decodes_behind
+
+    def note(plan: CpuAttentionPlan, prefix_length: int, rows: Any, sliding_window: int | None) -> Any:
+        prefixes.append(prefix_length > 0)
+        return decodes_behind(plan, prefix_length, rows, sliding_window)
+
+    monkeypatch.setattr(CpuAttentionPlan, "_decodes_behind", note)
+    return prefixes
 
 
 def test_slots_of_others_stay_as_they_are() -> None:

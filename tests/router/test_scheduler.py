@@ -317,7 +317,7 @@ def work_of_steps(harness: Harness) -> list[tuple[int, list[int]]]:
 
 def decoding_harness(num_decoding: int) -> Harness:
     """With quarters of 16 tokens, and contexts of 100 tokens that cost as much as a token."""
-    harness = Harness(2000, 4, SchedulerLimits(64, 40, equal_context_tokens=100.0))
+    harness = Harness(2000, 4, SchedulerLimits(64, 41, equal_context_tokens=100.0))
     for first in range(num_decoding):
         harness.add(make_request([first % VOCABULARY, 1], 90, ignore_eos=True))
     while len(harness.scheduler.running) < num_decoding:
@@ -333,6 +333,7 @@ def decoding_harness(num_decoding: int) -> Harness:
         (15, [49, 33, 33] + [17] * 10 + [15]),
         (20, [44, 28, 28, 28] + [12] * 14 + [4]),
         (31, [33] + [17] * 15 + [12]),
+        (40, [24] * 3 + [8] * 28 + [4]),
     ],
 )
 def test_the_longer_its_context_the_fewer_tokens_a_prompt_has_beside_decodes(num_decoding, expected):

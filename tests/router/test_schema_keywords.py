@@ -77,7 +77,7 @@ def test_what_is_kept(keyword: str, schema: dict[str, Any], good: Any, bad: Any)
 VALUES = [None, True, -1, 1.5, 1, "a", "string", [], ["a"], ["string", "null"], [{}], [1], {}, {"a": 1}, {"a": {}}]
 # Draft 4 has booleans here, and drafts before 2020-12 lists.
 OLDER = [("exclusiveMinimum", True), ("exclusiveMaximum", True), ("items", [{}])]
-CHECKED = {keyword for keyword, *_ in KEPT} - {"$defs", "definitions", "$ref", "$anchor", "additionalItems"}
+CHECKED = {keyword for keyword, *_ in KEPT} - {"$ref", "$anchor", "additionalItems"}
 
 
 def is_valid(schema: dict[str, Any]) -> bool:
@@ -101,7 +101,7 @@ def is_taken(schema: dict[str, Any]) -> bool:
 def test_values_of_keywords_are_those_of_the_draft(keyword: str) -> None:
     """Where the keyword has no effect, too: of a boolean."""
     for value in VALUES:
-        if (keyword, value) not in OLDER:
+        if json.dumps([keyword, value]) not in map(json.dumps, OLDER):
             schema = {"anyOf": [{"type": "boolean"} | {keyword: value}, {"const": 0}]}
             assert is_taken(schema) == is_valid(schema), value
 
@@ -113,5 +113,5 @@ def test_values_of_older_drafts(keyword: str, value: Any) -> None:
 
 def test_what_is_no_schema_is_named() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", "required": True}}}
-    with pytest.raises(RefusedGrammar, match="`required` must be a list of texts"):
+    with pytest.raises(RefusedGrammar, match="`required` must be a list of strings"):
         canonical_text(Grammar.from_schema(schema), BYTES)

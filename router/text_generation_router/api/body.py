@@ -35,7 +35,7 @@ async def read_body(request: web.Request) -> dict[str, object]:
     memory, tenant, content = request.app[CONTEXT_KEY].bodies, request.get(TENANT_KEY, ""), bytearray()
     started_s = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(BODY_START_S) as deadline:
+        async with asyncio.timeout(_allowed_s(0)) as deadline:
             while chunk := await request.content.readany():
                 if len(content) + len(chunk) > limit:
                     raise PayloadTooLarge(f"the body must have at most {limit} bytes")

@@ -202,6 +202,7 @@ class GenerationRequest:
 
     async def in_time(self, work: Awaitable[T]) -> T:
         """What `work` comes to, before anything is queued; raises DeadlineExceeded and QueueTimeExceeded."""
+        assert self._admitted_ns
         config, now_ns = self.context.config, time.monotonic_ns()
         limits: list[tuple[float, RouterError]] = []
         if (limit_s := config.request_timeout) is not None:

@@ -37,11 +37,7 @@ class Attention(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self,
-        x: torch.Tensor | ScaledRows,
-        positions: torch.Tensor,
-        residual: torch.Tensor,
-        next_norm: RMSNorm,
+        self, x: torch.Tensor | ScaledRows, positions: torch.Tensor, residual: torch.Tensor, next_norm: RMSNorm
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
         """Write this step's keys and values, attend to all of the sequence's; add the residual and norm the sum."""
         context = get_forward_context()

@@ -27,8 +27,10 @@ _MAX_INT4_ROWS = {
     ("AVX2", torch.float32): 4,
 }
 # The same with 8 bits: the demo model's head, 49152 x 576, right after its layers' products, ms: 1.9 and bfloat16 3.1
-# at 1 row, 2.3 and 3.0 at 2, 2.7 and 3.1 at 3, 3.2 and 3.1 at 4.
+# at 1 row, 2.3 and 3.0 at 2, 2.7 and 3.1 at 3, 3.2 and 3.1 at 4 (2 cores of a Xeon with AMX).
 _MAX_INT8_ROWS = {("AVX512", torch.bfloat16): 3}
+# The halves are kept beside the bfloat16 weight, 1.25 bytes each: of heads alone, which have so many outputs.
+_MIN_INT8_OUTPUTS = 16384
 
 
 class ProductWeight:
@@ -84,7 +86,7 @@ class ProductWeight:
 
     def is_skinny(self, x: torch.Tensor | ScaledRows) -> bool:
         """Whether the product is of few enough rows for the kernel that reads the weight once."""
-        return self._packed is None and (isinstance(x, ScaledRows) or is_skinny(x))
+        return isinstance(x, ScaledRows) or is_skinny(x)
 
     def load(self, tensor: CheckpointTensor, own: slice, rows: slice, columns: slice | None = None) -> None:
         """Fill the rows `own` with a part of a checkpoint's tensor; the last part to come finishes the weight."""
@@ -113,8 +115,9 @@ class ProductWeight:
 
     def _pack(self) -> None:
         parts = [groups for _, groups in sorted(self._groups.items()) if groups is not None]
-        if len(parts) == len(self._groups):
-            max_rows = _MAX_INT8_ROWS if parts[0].codes.dtype == torch.int8 else _MAX_INT4_ROWS
+        is_int8 = any(part.codes.dtype == torch.int8 for part in parts)
+        if len(parts) == len(self._groups) and (not is_int8 or len(self.parameter) >= _MIN_INT8_OUTPUTS):
+            max_rows = _MAX_INT8_ROWS if is_int8 else _MAX_INT4_ROWS
             capability = torch.backends.cpu.get_cpu_capability()
             self._max_int4_rows = max_rows.get((capability, self.parameter.dtype), 0)
             self._int4 = pack_int4(parts) if self._max_int4_rows else None

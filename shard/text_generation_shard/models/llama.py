@@ -27,11 +27,7 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, partition)
 
     def forward(
-        self,
-        normed: torch.Tensor | ScaledRows,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        next_norm: RMSNorm,
+        self, normed: torch.Tensor | ScaledRows, residual: torch.Tensor, positions: torch.Tensor, next_norm: RMSNorm
     ) -> tuple[torch.Tensor | ScaledRows, torch.Tensor]:
         """From the normed sum of what came before, and that sum, to the same behind this layer."""
         normed, residual = self.attention(normed, positions, residual, self.mlp_norm)
@@ -81,19 +77,19 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states after the last norm, of the step's tokens or of those that `rows` names."""
+        """Hidden states after the last norm, of the step's tokens or, on a CPU, of those that `rows` names."""
         # [T], [T], [R] -> [T or R, hidden]
         residual: torch.Tensor = self.embedding(input_ids)
         context = get_forward_context()
         if isinstance(context.plan, CpuAttentionPlan):
             self._cpu_decoder = self._cpu_decoder or self._on_cpu()
             return self._cpu_decoder.run(residual, rows, context.kv_caches, context.plan)
+        assert rows is None
         layers = self._decoder_layers()
         normed: torch.Tensor | ScaledRows = layers[0].attention_norm(residual)
         for layer, next_norm in zip(layers, [*(layer.attention_norm for layer in layers[1:]), self.norm], strict=True):
             normed, residual = layer(normed, residual, positions, next_norm)
-        hidden: torch.Tensor = self.norm(residual) if isinstance(normed, ScaledRows) else normed
-        return hidden if rows is None else hidden.index_select(0, rows)
+        return self.norm(residual) if isinstance(normed, ScaledRows) else normed
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
