@@ -128,12 +128,13 @@ def test_examples_as_streams(exact: Server, document: Any, path: str) -> None:
             body = json.loads(text)
             reply = exact.post(path, {**body, "stream": True})
             parameters = body.get("parameters", body)
-            if parameters.get("best_of", 1) > 1 or parameters.get("decoder_input_details"):
-                assert reply.status == 422
-                assert b"best_of" in reply.body or b"decoder_input_details" in reply.body
-            else:
-                assert reply.status == 200, reply.body
-                assert b'"error"' not in reply.body
+            may_be_refused = parameters.get("best_of", 1) > 1 or parameters.get("decoder_input_details")
+            if reply.status == 200:
                 assert check_answer(document, path, reply) > 0
-                num_streams += 1
+                is_refused = b'"error"' in reply.body
+            else:
+                is_refused = True
+                assert reply.status == 422
+            assert not is_refused or may_be_refused, reply.body
+            num_streams += not is_refused
     assert num_streams >= 2

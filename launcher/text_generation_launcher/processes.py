@@ -85,6 +85,11 @@ class Child:
         """Whether the process has not ended yet."""
         return self.process.returncode is None
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal has ended the process."""
+        return self.process.returncode is not None and self.process.returncode < 0
+
     def read_to_end(self, timeout_s: float = 1.0) -> None:
         """Wait for the rest of the output; bounded, since a descendant may hold the pipe open."""
         for reader in self._readers:

@@ -14,6 +14,8 @@ _POLL_S = 0.05
 _ROUTER_KILL_GRACE_S = 2.0
 # A shard whose socket breaks off has died, or is about to.
 _DEATH_S = 1.0
+# Shards that lose one of them end by themselves; of the one that was killed the launcher may hear a little later.
+_CAUSE_S = 0.5
 
 log = logging.getLogger("text_generation_launcher")
 
@@ -44,7 +46,7 @@ class Watch:
             elif event is not None and event is self._router and self._end_s is None:
                 raise _death(self._router)
             elif event is not None and event in self._group.children:
-                self._replace(_death(event))
+                self._replace(self._death_of_shards())
             self._look()
 
     def _timeout_s(self) -> float | None:
@@ -81,12 +83,21 @@ class Watch:
             return
         deadline_s = time.monotonic() + _DEATH_S
         while time.monotonic() < deadline_s:
-            for child in self._group.children:
-                if not child.is_alive:
-                    self._replace(_death(child))
-                    return
+            if not all(child.is_alive for child in self._group.children):
+                self._replace(self._death_of_shards())
+                return
             time.sleep(_POLL_S)
         self._replace(ChildDied(f"The shards cannot be used: {lost.reason}.", []))
+
+    def _death_of_shards(self) -> ChildDied:
+        """Why there is no group any more: of those that have ended one that was killed, if there is any."""
+        deadline_s = time.monotonic() + _CAUSE_S
+        while True:
+            ended = [child for child in self._group.children if not child.is_alive]
+            killed = [child for child in ended if child.was_killed]
+            if killed or len(ended) == len(self._group.children) or time.monotonic() >= deadline_s:
+                return _death((killed or ended)[0])
+            time.sleep(_POLL_S)
 
     def _replace_stuck(self, reason: str) -> None:
         log.error("Where the shards are:\n%s", self._group.stacks())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -256,22 +257,50 @@ def test_shards_that_cannot_be_started_again_end_it_in_order(start: Callable[...
     server.assert_nothing_left()
 
 
-def test_a_machine_that_starts_no_more_processes_ends_it_in_order() -> None:
-    shard = SimpleNamespace(
-        name="shard-0", is_alive=False, last_lines=["its last"], read_to_end=lambda: None, ending=lambda: "ended"
-    )
-    supervisor = SimpleNamespace(next_event=lambda timeout_s: shard)
+class EndedShard:
+    """A shard that has ended, which is known from the so manyth look on."""
+
+    last_lines = ("its last",)
+
+    def __init__(self, name: str, ending: str, num_looks: int = 0) -> None:
+        self.name, self.was_killed = name, "signal" in ending
+        self._ending, self._num_looks = ending, num_looks
+
+    @property
+    def is_alive(self) -> bool:
+        self._num_looks -= 1
+        return self._num_looks >= 0
+
+    def read_to_end(self) -> None:
+        pass
+
+    def ending(self) -> str:
+        return self._ending
+
+
+def death_of(shards: list[EndedShard]) -> ChildDied:
+    """What a launcher says that hears of the first one's end, on a machine that starts no more processes."""
 
     def start() -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    group = SimpleNamespace(children=[shard], start=start, end=lambda: None)
+    supervisor = SimpleNamespace(next_event=lambda timeout_s: shards[0])
+    group = SimpleNamespace(children=shards, start=start, end=lambda: None)
     config = SimpleNamespace(graceful_termination_timeout=1, max_shard_restarts=3)
-    with pytest.raises(
-        ChildDied, match=r"^shard-0 ended\. The shards cannot be started again: .*unavailable\.$"
-    ) as death:
+    with pytest.raises(ChildDied) as death:
         Watch(supervisor, group, SimpleNamespace(is_alive=True), None, config).run()  # type: ignore[arg-type]
-    assert death.value.last_lines == ["its last"]
+    return death.value
+
+
+def test_a_machine_that_starts_no_more_processes_ends_it_in_order() -> None:
+    death = death_of([EndedShard("shard-0", "ended")])
+    assert re.match(r"^shard-0 ended\. The shards cannot be started again: .*unavailable\.$", str(death))
+    assert death.last_lines == ["its last"]
+
+
+def test_of_shards_that_end_together_the_killed_one_is_named() -> None:
+    shards = [EndedShard("shard-0", "ended with exit code 1"), EndedShard("shard-1", "was ended by signal SIGKILL", 2)]
+    assert str(death_of(shards)).startswith("shard-1 was ended by signal SIGKILL.")
 
 
 def test_restarts_count_within_ten_minutes() -> None:
