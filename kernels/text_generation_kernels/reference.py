@@ -104,7 +104,7 @@ def _causal_mask(query_length: int, length: int, sliding_window: int | None, dev
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu of the first half of the last dimension, times the second half."""  # [T, 2 * I] -> [T, I]
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tensor) -> None:

@@ -389,15 +389,20 @@ def test_limits_of_time_hold_for_what_is_not_queued_yet(serving, limits, status,
     asyncio.run(run())
 
 
+async def check_a_late_body(served, pause_s: float) -> None:
+    """A body that comes so long after its headers is served."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n")
+    await asyncio.sleep(pause_s)
+    writer.write(b'{"inputs":"abc"}')
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
 def test_the_time_that_a_client_takes_for_its_body_is_not_waiting(serving):
     async def run():
         async with serving(queue_timeout=0.3) as served:
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
-            writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n")
-            await asyncio.sleep(0.5)
-            writer.write(b'{"inputs":"abc"}')
-            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
-            writer.close()
+            await check_a_late_body(served, pause_s=0.5)
 
     asyncio.run(run())
 
@@ -609,11 +614,6 @@ def test_the_time_for_headers_ends_with_them(serving, monkeypatch, make_engine):
 
     async def run():
         async with serving(make_engine()) as served:
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
-            writer.write(b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 16\r\n\r\n")
-            await asyncio.sleep(0.2)
-            writer.write(b'{"inputs":"abc"}')
-            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
-            writer.close()
+            await check_a_late_body(served, pause_s=0.2)
 
     asyncio.run(run())

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
+from text_generation_kernels.reference import silu_and_mul
 from text_generation_kernels.rms_norm import rms_norm_on_cpu
 
 from text_generation_shard.kv_cache import KvCaches
@@ -74,7 +74,6 @@ class CpuDecoder:
                 heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
             residual = residual.add_(attention.output(heads))
             normed = rms_norm_on_cpu(residual, layer.mlp_norm, eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            residual = residual.add_(layer.down(F.silu(gate).mul_(up)))
+            residual = residual.add_(layer.down(silu_and_mul(layer.gate_up(normed))))
             normed = rms_norm_on_cpu(residual, next_norm, eps)
         return normed

@@ -71,7 +71,6 @@ class LlamaModel(nn.Module):
             partition,
             tied_to=self.embedding if config.tie_word_embeddings else None,
         )
-        self._cos_sin_cache = rotary.cos_sin_cache
         self._cpu_decoder: CpuDecoder | None = None
 
     def forward(
@@ -95,8 +94,9 @@ class LlamaModel(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def _on_cpu(self) -> CpuDecoder:
-        layers = [layer.on_cpu() for layer in self._decoder_layers()]
-        return CpuDecoder(layers, self.norm.weight, self.norm.eps, self._cos_sin_cache)
+        layers = self._decoder_layers()
+        cos_sin_cache = layers[0].attention.rotary.cos_sin_cache  # that of all layers
+        return CpuDecoder([layer.on_cpu() for layer in layers], self.norm.weight, self.norm.eps, cos_sin_cache)
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits of some rows, complete on every rank; every rank must call it."""  # [R, hidden] -> [R, vocab]
