@@ -1,7 +1,9 @@
-"""Garbage: cycles go away once the loop rests or the server is idle, and not before."""
+"""Garbage: cycles go away once the loop rests or the server is idle, and not before; then free memory does."""
 
+import ctypes
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 from text_generation_router import garbage
@@ -67,3 +69,25 @@ def test_a_server_that_is_never_idle_collects_everything_at_last(collection, mon
     cycle = weakref.ref(Node())
     collection.collect_all(is_idle=False)
     assert cycle() is None
+
+
+def anonymous_kib() -> int:
+    """Memory that this process shares with nobody."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone can be asked")
+def test_a_server_that_stays_idle_gives_free_memory_back(collection, monkeypatch):
+    monkeypatch.setattr(garbage, "NUM_YOUNG_OBJECTS", 0)
+    texts = [bytes(2000) for _ in range(20_000)]  # 40 MB
+    kept = texts[::100]  # behind each of which the heap cannot shrink by itself
+    del texts
+    collection.collect_young(is_resting=True)
+    before_kib = anonymous_kib()
+    collection.collect_all(is_idle=True)
+    collection.collect_all(is_idle=False)
+    assert before_kib - anonymous_kib() < 10_000
+    collection.collect_all(is_idle=True)
+    assert before_kib - anonymous_kib() > 20_000
+    assert len(kept) == 200
