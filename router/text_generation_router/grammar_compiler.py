@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
+import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -72,23 +74,21 @@ class WorkerDied(Exception):
 class Worker:
     """One process of grammar_worker.py; it answers one request at a time."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", requests: asyncio.StreamWriter, answers: asyncio.StreamReader
+    ) -> None:
         self._process = process
-        self._requests, self._answers = process.stdin, process.stdout
+        self._requests, self._answers = requests, answers
 
     @classmethod
     async def start(cls, tokens: Sequence[bytes]) -> "Worker":
         """A process that has its tokens loaded; raises WorkerDied."""
-        environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _QUIET
         try:
-            process = await asyncio.create_subprocess_exec(
-                *_COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=environment
-            )
+            process, connection = _spawn()
         except OSError as error:
             raise WorkerDied(error.strerror) from error
-        worker = cls(process)
+        answers, requests = await asyncio.open_unix_connection(sock=connection)
+        worker = cls(process, requests, answers)
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 await worker.ask(*tokens)
@@ -102,8 +102,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process has not been seen to end."""
-        return self._process.returncode is None
+        """Whether the process has not ended."""
+        return self._process.poll() is None
 
     async def ask(self, *contents: bytes) -> bytes:
         """The answer to a request of one or more frames; raises WorkerDied."""
@@ -119,10 +119,26 @@ class Worker:
 
     async def kill(self) -> None:
         """End it whatever it is doing."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
         self._requests.close()
-        await self._process.wait()
+        await asyncio.to_thread(self._process.wait)
+
+
+def _spawn() -> "tuple[subprocess.Popen[bytes], socket.socket]":
+    """A process and our end of the connection that is its standard input and output.
+
+    Started by vfork, in less than a millisecond. The event loop's own way is fork: this process stands still while its
+    page table is copied, and pays a page fault for the first write to each of its pages afterwards.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _QUIET
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            process = subprocess.Popen(_COMMAND, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment)
+        except OSError:
+            ours.close()
+            raise
+    return process, ours
 
 
 class GrammarCompiler:

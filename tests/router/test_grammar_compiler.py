@@ -156,18 +156,17 @@ SILENT = (sys.executable, "-c", "import sys; sys.stdin.read()")
 )
 def test_a_process_that_does_not_start(monkeypatch, caplog, command, ends_before_it_is_asked, limit_s, reason):
     """One line of the log for each start, a 429 for the grammar that needed it, and the next grammar starts another."""
-    spawn = asyncio.create_subprocess_exec
+    spawn = subprocess.Popen
 
-    async def spawn_and_wait(*arguments, **options):
-        process = await spawn(*arguments, **options)
+    def spawn_and_wait(*arguments, **options):
+        process = spawn(*arguments, **options)
         if ends_before_it_is_asked:
-            await process.wait()
-            await process.stdin.wait_closed()
+            process.wait()
         return process
 
     async def test(compiler, shard):
         with monkeypatch.context() as patch:
-            patch.setattr(asyncio, "create_subprocess_exec", spawn_and_wait)
+            patch.setattr(subprocess, "Popen", spawn_and_wait)
             patch.setattr(grammar_compiler, "_COMMAND", command)
             patch.setattr(grammar_compiler, "START_LIMIT_S", limit_s)
             compiler.start()
@@ -225,7 +224,7 @@ def test_idle_processes_that_are_killed():
         assert idle
         for process in idle:
             os.kill(process.pid, signal.SIGKILL)
-            await process.wait()
+            process.wait()
         assert "next" in await compiler.compile(Grammar.from_regex("next"))
         assert not {process.pid for process in idle} & {worker._process.pid for worker in compiler._workers}
 
