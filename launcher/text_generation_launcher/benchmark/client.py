@@ -1,19 +1,23 @@
 """One request: sends a prompt, reads the stream, notes when each token came. No object per token but its time."""
 
+import asyncio
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
 import orjson
 
+from text_generation_launcher.benchmark.connection import Connection
 from text_generation_launcher.benchmark.request_sets import LoadRequest
 
 CONNECT_TIMEOUT_S = 60.0
 SILENCE_TIMEOUT_S = 600.0  # a server that sends nothing for so long is taken for stuck
 MAX_ERROR_CHARACTERS = 300
+HTTP_OK = 200
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,7 @@ class Record:
 class Call:
     """A request ready to be sent: rendering it is not part of what is measured."""
 
-    path: str
-    body: bytes
+    message: bytes
     num_wanted: int
 
 
@@ -113,10 +116,20 @@ ROUTES = {
 
 
 def prepare(target: Target, requests: Sequence[LoadRequest]) -> list[Call]:
-    """Render the bodies of all requests."""
-    route = ROUTES[target.route]
+    """Render all requests; raises ValueError for a target or a prompt that the route cannot have."""
+    route, url = ROUTES[target.route], urlsplit(target.url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"no address of a server: {target.url!r}")
+    head = f"POST {url.path.rstrip('/')}{route.path} HTTP/1.1\r\nHost: {url.netloc}\r\n"
+    if target.api_key is not None:
+        head += f"Authorization: Bearer {target.api_key}\r\n"
+    if target.new_connections:
+        head += "Connection: close\r\n"
+    head += "Accept: */*\r\nContent-Type: application/json\r\nContent-Length: "
+    bodies = [orjson.dumps(route.body(request, target.model)) for request in requests]
     return [
-        Call(route.path, orjson.dumps(route.body(request, target.model)), request.max_tokens) for request in requests
+        Call(b"%b%d\r\n\r\n%b" % (head.encode(), len(body), body), request.max_tokens)
+        for body, request in zip(bodies, requests, strict=True)
     ]
 
 
@@ -125,58 +138,86 @@ class StreamClient:
 
     def __init__(self, target: Target) -> None:
         self._read = ROUTES[target.route].read
-        self._url = target.url.rstrip("/")
-        headers = {"Content-Type": "application/json"}
-        if target.api_key is not None:
-            headers["Authorization"] = f"Bearer {target.api_key}"
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, force_close=target.new_connections),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S),
-        )
+        self._new_connections = target.new_connections
+        url = urlsplit(target.url)
+        self._host, self._is_secure = url.hostname or "", url.scheme == "https"
+        self._port = url.port or (443 if self._is_secure else 80)
+        self._idle: list[Connection] = []
 
     async def __aenter__(self) -> "StreamClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        for connection in self._idle:
+            connection.close()
+        await asyncio.sleep(0)  # they are closed in the next pass of the loop
 
     async def send(self, call: Call, record: Record) -> None:
         """Send one call and read its stream to the end; an error ends up in the record."""
+        answer = _Answer(self._read, record)
         record.start_ns = time.monotonic_ns()
         try:
-            async with self._session.post(self._url + call.path, data=call.body) as response:
-                if response.status != 200:
-                    text = await response.text(errors="replace")
-                    record.error = f"HTTP {response.status}: {text[:MAX_ERROR_CHARACTERS]}"
-                else:
-                    await self._read_stream(response.content, record)
-        except (aiohttp.ClientError, OSError, ValueError, TypeError, KeyError) as error:
+            connection = await self._connection()
+            await connection.exchange(call.message, answer.take)
+            if connection.is_open and not self._new_connections:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        except (OSError, ValueError, TypeError, KeyError) as error:
             record.error = f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
         record.end_ns = time.monotonic_ns()
+        answer.end()
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                partial(Connection, SILENCE_TIMEOUT_S), self._host, self._port, ssl=self._is_secure or None
+            )
+        return connection
+
+
+class _Answer:
+    """Reads one answer into its record."""
+
+    def __init__(self, read: Callable[[Record, dict[str, Any]], bool], record: Record) -> None:
+        self._read = read
+        self._record = record
+        self._rest = b""
+        self._refusal = b""
+
+    def take(self, status: int, part: bytes, now_ns: int) -> None:
+        """A part of the body."""
+        if status != HTTP_OK:
+            self._refusal += part
+            text = self._refusal.decode(errors="replace")
+            self._record.error = f"HTTP {status}: {text[:MAX_ERROR_CHARACTERS]}"
+            return
+        lines = (self._rest + part).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            # Every known dialect has one line of JSON in an event; what else may stand there is of no use here.
+            if line.startswith(b"data:"):
+                self._read_data(line[5:].strip(), now_ns)
+
+    def _read_data(self, data: bytes, now_ns: int) -> None:
+        if data == b"[DONE]":
+            return
+        record, event = self._record, orjson.loads(data)
+        if event.get("error"):
+            record.error = f"in the stream: {event['error']}"[:MAX_ERROR_CHARACTERS]
+        elif self._read(record, event):
+            record.times_ns.append(now_ns)
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        record = self._record
         if record.error is None and not record.times_ns:
             record.error = "the stream ended without a token"
         if not record.num_tokens:
             record.num_tokens = len(record.times_ns)  # a server that does not count for us
         # A closing event without text, on top of the tokens, is none.
         del record.times_ns[record.num_tokens :]
-
-    async def _read_stream(self, content: aiohttp.StreamReader, record: Record) -> None:
-        rest = b""
-        async for chunk in content.iter_any():
-            now_ns = time.monotonic_ns()
-            lines = (rest + chunk).split(b"\n")
-            rest = lines.pop()
-            for line in lines:
-                # Every known dialect has one line of JSON in an event; what else may stand there is of no use here.
-                if line.startswith(b"data:"):
-                    self._read_data(line[5:].strip(), now_ns, record)
-
-    def _read_data(self, data: bytes, now_ns: int, record: Record) -> None:
-        if data == b"[DONE]":
-            return
-        event = orjson.loads(data)
-        if event.get("error"):
-            record.error = f"in the stream: {event['error']}"[:MAX_ERROR_CHARACTERS]
-        elif self._read(record, event):
-            record.times_ns.append(now_ns)
