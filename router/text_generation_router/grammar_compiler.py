@@ -108,7 +108,7 @@ class Worker:
     async def ask(self, *contents: bytes) -> bytes:
         """The answer to a request of one or more frames; raises WorkerDied."""
         try:
-            if self._requests.is_closing():  # a write to a pipe that is closed is a RuntimeError of uvloop's
+            if self._requests.is_closing():  # a write to one that is closed is a RuntimeError of uvloop's
                 raise ConnectionResetError
             self._requests.write(b"".join(map(frame, contents)))
             await self._requests.drain()

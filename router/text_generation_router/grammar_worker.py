@@ -77,8 +77,8 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    """Answer requests until the router closes the pipe."""
-    # The pipe's end cannot be seen while a grammar compiles, so the kernel ends this process with its parent.
+    """Answer requests until the router closes the connection."""
+    # The end of the requests cannot be seen while a grammar compiles, so the kernel ends this process with its parent.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
