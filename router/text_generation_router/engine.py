@@ -351,9 +351,14 @@ class Engine:
         await asyncio.sleep(0)  # results and requests may have come
 
     async def _fill_pipeline(self) -> None:
-        """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none."""
+        """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none.
+
+        By a probe too the shards compute what is in the batch, so it goes to an empty one alone: while results wait to
+        be handed out there can be a batch and no plan.
+        """
         await self._send_plans()
-        if self._is_probe_due and not self._in_flight and self._failure is None:
+        is_idle = not self._in_flight and not self._scheduler.running
+        if self._is_probe_due and is_idle and self._failure is None:
             await self._send(self._scheduler.probe())
         self._is_probe_due = False
 

@@ -56,7 +56,7 @@ class FakeShards:
             self.left[new.sequence_id] = len(new.token_ids) - new.num_computed_tokens
         for sequence_id, count in zip(plan.prefill_sequence_ids, plan.prefill_num_tokens, strict=True):
             self.left[sequence_id] -= count
-        ids = [sequence_id for sequence_id in self.rows if not self.left[sequence_id]] if not plan.is_empty else []
+        ids = [sequence_id for sequence_id in self.rows if not self.left[sequence_id]]  # also of a plan that is empty
         result = StepResult(plan.step, ids, [self.next_token(i) for i in ids], [-0.5] * len(ids))
         asyncio.get_running_loop().call_later(0.001, self.on_result, result)
 
@@ -367,6 +367,38 @@ def test_an_idle_engine_probes_the_shards_and_notices_silence(tokenizer, monkeyp
             await asyncio.sleep(0.01)
 
     run_with_engine(tokenizer, shards, body)
+
+
+def test_no_probe_goes_to_a_batch_whose_plans_wait_for_the_output(tokenizer, monkeypatch):
+    """A probe is a plan like any other: what is in the batch would decode by it."""
+
+    class LateShards(FakeShards):
+        """Answers once it has all plans that were sent, so that then none is in flight."""
+
+        def start(self, on_result, on_failure):
+            results: list[StepResult] = []
+
+            def keep(result: StepResult) -> None:
+                results.append(result)
+                if result.step == len(self.plans):
+                    for kept in results:
+                        on_result(kept)
+                    results.clear()
+
+            super().start(keep, on_failure)
+
+    monkeypatch.setattr(engine_module, "PROBE_INTERVAL_S", 0)
+    monkeypatch.setattr(engine_module, "MAX_RESULTS_BEHIND", 0)
+    monkeypatch.setattr(publisher_module, "SLICE_NS", 0)
+    monkeypatch.setattr(publisher_module, "CHUNK_SIZE", 1)
+    script = {bytes([97 + i]): f"text {i} ".encode() * 4 for i in range(8)}
+
+    async def body(engine: Engine, metrics: Metrics) -> None:
+        streams = [engine.submit(request(prompt), Timings()) for prompt in script]
+        texts = [text for text, _ in await asyncio.gather(*map(read_all, streams))]
+        assert texts == [text.decode() for text in script.values()]
+
+    run_with_engine(tokenizer, LateShards(script), body)
 
 
 def test_a_step_past_its_deadline_is_unhealthy(tokenizer):
