@@ -25,6 +25,10 @@ from text_generation_router.waiting_queue import WaitingQueue
 
 # A step that long contexts cut short ends at a whole part of the budget: a GPU rounds up to such sizes.
 NUM_BUDGET_PARTS = 4
+# Beside decodes a step's prompts have a part of the budget, but so many tokens at least, and so many more for each
+# decode. Their tokens are computed no faster in longer steps, and in each step every decode gets a token.
+MIN_PROMPT_TOKENS = 512
+PROMPT_TOKENS_PER_DECODE = 4
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
 MAX_LOSSES = 2  # of the shards while one sequence ran: it may have caused them
 
@@ -223,8 +227,9 @@ class Scheduler:
     def _budget(self, plan: StepPlan, num_context_tokens: int) -> int:
         """How many tokens behind such a context still have room in the step.
 
-        While others decode, attention to the context counts like tokens, so that it does not hold them up for longer.
-        The step then ends at a whole part of the budget, and its first prompt has at least half a part.
+        While others decode, attention to the context counts like tokens, so that it does not hold them up for longer,
+        and the fewer decode, the shorter the step is. It ends at a whole part of the budget, and its first prompt has
+        at least half a part.
         """
         num_tokens = plan.num_decode_tokens + plan.num_prefill_tokens
         limit = self.limits.max_step_tokens
@@ -232,6 +237,8 @@ class Scheduler:
             part = max(1, limit // NUM_BUDGET_PARTS)
             left_cost_tokens = max(0.0, limit - plan.num_decode_tokens - plan.prefill_cost_tokens)
             num_parts = round((num_tokens + left_cost_tokens / self._token_cost(num_context_tokens)) / part)
+            most_tokens = max(MIN_PROMPT_TOKENS, part) + (1 + PROMPT_TOKENS_PER_DECODE) * plan.num_decode_tokens
+            num_parts = min(num_parts, -(-most_tokens // part))
             if not plan.num_prefill_tokens:
                 num_parts = max(num_parts, round(num_tokens / part) + 1)
             limit = min(limit, num_parts * part)

@@ -315,9 +315,11 @@ def work_of_steps(harness: Harness) -> list[tuple[int, list[int]]]:
     return work
 
 
-def decoding_harness(num_decoding: int) -> Harness:
-    """With quarters of 16 tokens, and contexts of 100 tokens that cost as much as a token."""
-    harness = Harness(2000, 4, SchedulerLimits(64, 41, equal_context_tokens=100.0))
+QUARTERS_OF_16 = SchedulerLimits(64, 41, equal_context_tokens=100.0)  # and 100 tokens of context cost as much as one
+
+
+def decoding_harness(num_decoding: int, limits: SchedulerLimits = QUARTERS_OF_16) -> Harness:
+    harness = Harness(2000, 4, limits)
     for first in range(num_decoding):
         harness.add(make_request([first % VOCABULARY, 1], 90, ignore_eos=True))
     while len(harness.scheduler.running) < num_decoding:
@@ -339,6 +341,21 @@ def decoding_harness(num_decoding: int) -> Harness:
 def test_the_longer_its_context_the_fewer_tokens_a_prompt_has_beside_decodes(num_decoding, expected):
     harness = decoding_harness(num_decoding)
     harness.add(make_request(list(range(300)), 1))
+    assert work_of_steps(harness) == [(num_decoding, [count]) for count in expected]
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "expected"),
+    [
+        (0, [1024, 476]),  # alone the whole budget
+        (1, [767, 733]),  # else 512 tokens, four more for each that decodes, and what fills the quarter
+        (51, [717, 717, 66]),
+        (52, [972, 528]),
+    ],
+)
+def test_the_fewer_decode_the_shorter_are_the_steps_of_a_prompt_beside_them(num_decoding, expected):
+    harness = decoding_harness(num_decoding, SchedulerLimits(1024, 60))
+    harness.add(make_request([index % VOCABULARY for index in range(1500)], 1))
     assert work_of_steps(harness) == [(num_decoding, [count]) for count in expected]
 
 
