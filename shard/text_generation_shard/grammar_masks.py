@@ -8,9 +8,11 @@ import heapq
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8
+# A grammar is compiled once for so many that follow it at once, at most once for each thread: only then are masks made
+# side by side.
+FOLLOWERS_PER_MATCHER = 8
 _ALL_TOKENS = -1  # a word in which every bit is set
 _NO_TOKENS = 0
 
@@ -36,6 +41,8 @@ class _Follower:
 
     sequence_id: int
     slot: int  # its row of the masks
+    text: str
+    number: int  # of the compiled matcher that its own is a copy of
     matcher: "LLMatcher | None" = None
     has_ended: bool = False  # EOS was sampled; a step under way may still run the sequence, for nothing
     failure: str | None = None
@@ -76,14 +83,20 @@ class GrammarMasks:
         self._free_slots = list(range(max_num_sequences))  # a heap: low ones first
         self._masks: Int32Array = np.zeros((max_num_sequences, num_words(grammars.vocab_size)), np.int32)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
+        self._num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._executor: LLExecutor | None = None
         self._work_ns = 0
 
     def add(self, sequence_id: int, text: str, generated: Int32Array) -> None:
         """Follow a sequence that has generated these tokens so far."""
-        follower = _Follower(sequence_id, heapq.heappop(self._free_slots))
+        follower = _Follower(sequence_id, heapq.heappop(self._free_slots), text, self._least_used(text))
         self._followers[sequence_id] = follower
-        follower.ready = self._thread.submit(self._work, [follower], self._begin, follower, text, generated.tolist())
+        follower.ready = self._thread.submit(self._work, [follower], self._begin, follower, generated.tolist())
+
+    def _least_used(self, text: str) -> int:
+        """The number of the matcher of a grammar that the next one to follow it copies."""
+        uses = Counter(follower.number for follower in self._followers.values() if follower.text == text)
+        return min(range(min(self._num_threads, 1 + uses.total() // FOLLOWERS_PER_MATCHER)), key=uses.__getitem__)
 
     def remove(self, sequence_ids: Sequence[int]) -> None:
         """Forget sequences, those without a grammar too."""
@@ -146,9 +159,9 @@ class GrammarMasks:
                 self._masks[follower.slot] = _NO_TOKENS
         self._work_ns += time.perf_counter_ns() - started
 
-    def _begin(self, follower: _Follower, text: str, generated: list[int]) -> None:
+    def _begin(self, follower: _Follower, generated: list[int]) -> None:
         try:
-            follower.matcher = self._grammars.matcher(text)
+            follower.matcher = self._grammars.matcher(follower.text, follower.number)
         except UnusableGrammar as error:
             follower.failure = f"the grammar cannot be followed: {error}"
         else:
@@ -173,7 +186,8 @@ class GrammarMasks:
     def _fill(self, followers: list[_Follower]) -> None:
         """Make the masks of the next tokens."""
         open_ones = []
-        for follower in followers:
+        # The threads divide the list in pieces: those that share a lock stand together.
+        for follower in sorted(followers, key=attrgetter("number")):
             if follower.is_open and follower.matcher is not None:
                 open_ones.append((follower, follower.matcher))
             else:
@@ -199,5 +213,5 @@ class GrammarMasks:
         if self._executor is None:
             from llguidance import LLExecutor
 
-            self._executor = LLExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+            self._executor = LLExecutor(self._num_threads)
         return self._executor

@@ -2,10 +2,14 @@
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from text_generation_kernels.token_masks import NO_MASK, num_words
+from text_generation_proto.matcher import TokenTable
 from text_generation_shard.compiled_grammars import CompiledGrammars, UnusableGrammar
 from text_generation_shard.grammar_masks import GrammarMasks
 
@@ -181,3 +185,76 @@ def test_new_tokens_replace_what_was_compiled_for_the_old_ones() -> None:
     masks = GrammarMasks(compiled, 1)
     masks.add(1, regex("[0-9]"), ints())
     assert 0 in allowed(masks, 1)[0]
+
+
+class Compilations:
+    """Counts what is compiled; further ones wait while `may_go_on` is not set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_go_on = threading.Event()
+        self._ended = threading.Semaphore(0)
+        self.num_begun = 0
+        compile_now = TokenTable.compile
+
+        def counted(tokens: TokenTable, text: str) -> LLMatcher:
+            self.num_begun += 1
+            if self.num_begun > 1:
+                assert self.may_go_on.wait(60)
+            matcher = compile_now(tokens, text)
+            self._ended.release()
+            return matcher
+
+        monkeypatch.setattr(TokenTable, "compile", counted)
+
+    def wait_for(self, count: int) -> None:
+        """Return once so many more have ended."""
+        for _ in range(count):
+            assert self._ended.acquire(timeout=60)
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compilations]:
+    compilations = Compilations(monkeypatch)
+    yield compilations
+    compilations.may_go_on.set()
+
+
+@pytest.mark.parametrize(("num_followers", "num_cores", "num_compiled"), [(8, 2, 1), (9, 2, 2), (40, 2, 2), (30, 4, 4)])
+def test_a_grammar_of_many_is_compiled_for_each_thread(
+    monkeypatch: pytest.MonkeyPatch,
+    compilations: Compilations,
+    num_followers: int,
+    num_cores: int,
+    num_compiled: int,
+) -> None:
+    """Beside the masks, which go on meanwhile and are the same."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(num_cores)))
+    compiled = CompiledGrammars(VOCAB_SIZE)
+    compiled.load(TOKENS, EOS_TOKENS)
+    masks = GrammarMasks(compiled, num_followers)
+    numbers, pattern = range(num_followers), "(ab|a1)2*"
+    first, second = continuations(pattern, ""), continuations(pattern, "a")
+    for number in numbers:
+        masks.add(number, regex(pattern), ints())
+    assert allowed(masks, *numbers) == [first] * num_followers
+    compilations.may_go_on.set()
+    compilations.wait_for(num_compiled)
+    accept(masks, {number: ord("a") for number in numbers})
+    for number in numbers:
+        masks.remove([number])
+        masks.add(number, regex(pattern), ints(ord("a")))
+    assert allowed(masks, *numbers) == [second] * num_followers
+    assert compilations.num_begun == num_compiled
+
+
+def test_a_matcher_that_is_not_compiled_yet_holds_nobody_up(compilations: Compilations) -> None:
+    compiled = CompiledGrammars(VOCAB_SIZE)
+    compiled.load(TOKENS, EOS_TOKENS)
+    compiled.prepare(regex("ab"))
+    for _ in range(3):
+        matcher = compiled.matcher(regex("ab"), 1)
+        assert matcher.consume_tokens([ord("a"), ord("b")])
+        assert matcher.is_accepting()
+    compilations.may_go_on.set()
+    compilations.wait_for(2)
+    assert compilations.num_begun == 2
