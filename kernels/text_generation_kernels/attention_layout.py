@@ -47,6 +47,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None  # of a thread; None: as many as the compiler likes
+    is_hopper: bool = False  # computed by Hopper's own kernel, of which `num_stages` tiles are in shared memory
 
 
 Section = tuple[int, tuple[int, ...]]  # offset in the buffer, shape

@@ -6,9 +6,12 @@ import torch
 import triton
 
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import num_multiprocessors
+from text_generation_kernels.dispatch import HAS_GLUON, num_multiprocessors
+from text_generation_kernels.gpu import gpu_of
 from text_generation_kernels.launch_settings import Settings, launch_settings
 
+# Head sizes that Hopper's own kernel takes; it multiplies in 16 bits.
+HOPPER_HEAD_DIMS = (64, 128)
 # A row of the matrix unit's smallest tile; fewer rows than this cost the same.
 SMALLEST_TILE_ROWS = 16
 
@@ -43,7 +46,7 @@ def attention_layout(
     """
     smallest = max(SMALLEST_TILE_ROWS, triton.next_power_of_2(shape.group_size))
     narrow = launch_settings("attention_narrow", device, shape.settings_name)
-    wide = launch_settings("attention_wide", device, shape.settings_name)
+    wide = launch_settings(wide_operation(shape, device), device, shape.settings_name)
     return AttentionLayout(
         group_size=shape.group_size,
         block_size=shape.block_size,
@@ -54,8 +57,17 @@ def attention_layout(
     )
 
 
+def wide_operation(shape: AttentionShape, device: torch.device) -> str:
+    """The launch table's word for the kernel of prompts: Hopper GPUs have one of their own for most heads."""
+    gpu = gpu_of(device)
+    is_hopper = HAS_GLUON and gpu is not None and gpu.capability == (9, 0)
+    suits = shape.head_dim in HOPPER_HEAD_DIMS and shape.dtype.itemsize == 2
+    return "attention_hopper" if is_hopper and suits else "attention_wide"
+
+
 def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.device) -> Tile:
     """As many workers as fit on the device at once: their shares are equal, so a second wave would double the time."""
+    is_hopper = "STAGES" in settings
     programs = num_multiprocessors(device) * settings["CTAS_PER_SM"]
     return Tile(
         rows=rows,
@@ -63,6 +75,7 @@ def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.de
         num_workers=max(1, programs // num_kv_heads),
         min_key_tiles=settings["MIN_KEY_TILES"],
         num_warps=settings["num_warps"],
-        num_stages=settings["num_stages"],
+        num_stages=settings["STAGES" if is_hopper else "num_stages"],
         max_registers=settings.get("maxnreg"),
+        is_hopper=is_hopper,
     )

@@ -9,6 +9,9 @@ from text_generation_kernels.gpu import gpu_of
 # Set when Triton was imported with TRITON_INTERPRET=1: kernels then run, slowly, on CPU tensors.
 INTERPRETS = bool(triton.knobs.runtime.interpret)
 
+# Triton's Gluon still changes from version to version: of others than these its kernels are not used.
+HAS_GLUON = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether operations on `tensor` go to the kernel; otherwise they go to the reference."""

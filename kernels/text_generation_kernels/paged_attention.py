@@ -4,13 +4,18 @@ Which kernels run, and on what grid, follows from the workspace's layout alone, 
 serves every step that fits the layout.
 """
 
+from typing import Any
+
 import torch
 import triton
 
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import INTERPRETS, early_launch
+from text_generation_kernels.dispatch import HAS_GLUON, INTERPRETS, early_launch
 from text_generation_kernels.side_stream import beside, join
+
+if HAS_GLUON:
+    from text_generation_kernels.hopper_attention import hopper_attention_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Partial results that one program of the merge reads at a time.
@@ -106,18 +111,28 @@ def _launch_items(
     _, soft_cap, sliding_window = factors
     # Beside the wide kernel a token's pieces may be of both, and a kernel started early would have two to wait for.
     merges = workspace.layout.wide is None
-    attention_items_kernel[(tile.num_workers * num_kv_heads,)](
+    grid = (tile.num_workers * num_kv_heads,)
+    tensors = (
         query, key_cache, value_cache, block_tables,
         workspace.section(f"{name}_starts"), workspace.section(f"{name}_items"),
         workspace.section("row_tokens"), workspace.section("row_positions"), workspace.section("row_slots"),
-        output, workspace.partial_output, workspace.partial_weight, workspace.arrivals,
-        block_tables.stride(0), *factors,
-        GROUP_SIZE=workspace.layout.group_size, NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=workspace.layout.block_size, ROWS=tile.rows, KEYS=tile.keys,
-        HAS_WINDOW=sliding_window > 0, HAS_SOFT_CAP=soft_cap > 0, SPLIT_MASK=name == "wide",
-        MERGES=merges, WIDEN=INTERPRETS, **(early_launch(query.device) if merges else {"EARLY": False}),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
+        output, workspace.partial_output, workspace.partial_weight,
+    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "GROUP_SIZE": workspace.layout.group_size, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": workspace.layout.block_size, "ROWS": tile.rows, "KEYS": tile.keys,
+        "HAS_WINDOW": sliding_window > 0, "HAS_SOFT_CAP": soft_cap > 0,
+        "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": True,
+    }  # fmt: skip
+    if tile.is_hopper:
+        hopper_attention_kernel[grid](
+            *tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages, **constants
+        )  # fmt: skip
+        return
+    attention_items_kernel[grid](
+        *tensors, workspace.arrivals, block_tables.stride(0), *factors,
+        PADDED_DIM=triton.next_power_of_2(head_dim), SPLIT_MASK=name == "wide", MERGES=merges, WIDEN=INTERPRETS,
+        **(early_launch(query.device) if merges else {"EARLY": False}), **constants, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from text_generation_kernels import (
     attention_kernels,
     gated_activation,
     green_list,
+    hopper_attention,
     launch_settings,
     logit_bias,
     rms_norm,
@@ -24,6 +25,7 @@ from text_generation_kernels import (
     token_masks,
     token_records,
 )
+from text_generation_kernels.attention_settings import HOPPER_HEAD_DIMS
 from text_generation_kernels.benchmarks.occupancy import (
     MULTIPROCESSORS,
     Usage,
@@ -35,6 +37,7 @@ from text_generation_kernels.launch_settings import FUSED_MULTIPLY_ADDS, Setting
 from text_generation_kernels.skinny_matmul import settings_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 # Class of GPUs in the launch table -> its compute capability.
 CAPABILITIES = {"a100": 80, "ada": 89, "h100": 90, "h200": 90}
@@ -54,6 +57,7 @@ class CompiledKernel:
     name: str = ""  # where one kernel has several rows
     is_slow: bool = False  # left to the slow tests on every GPU
     is_early: bool = True  # on Hopper: started while the kernel ahead ends, if it can be at all
+    is_hopper: bool = False  # compiled for no other GPU
 
     @property
     def full_name(self) -> str:
@@ -254,6 +258,16 @@ def attention_cases(data: str) -> list[CompiledKernel]:
                     name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
                 )
             )  # fmt: skip
+        if data != "*fp32" and head_dim in HOPPER_HEAD_DIMS:
+            del sizes["PADDED_DIM"], sizes["WIDEN"]
+            cases.append(
+                CompiledKernel(
+                    hopper_attention.hopper_attention_kernel, ("attention_hopper", shape),
+                    {name: kind for name, kind in items.items() if name != "arrivals"}, sizes,
+                    unaligned=("sliding_window", "table_stride"), has_wgmma=True, is_hopper=True,
+                    name=f"d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
+                )
+            )  # fmt: skip
     return cases
 
 
@@ -265,6 +279,8 @@ def cases_of(kind: str) -> list[tuple[CompiledKernel, str]]:
     found, seen = [], []
     for case in [case for table in TABLES for case in table(f"*{kind}")]:
         for gpu_class, capability in CAPABILITIES.items():
+            if case.is_hopper and capability != 90:
+                continue
             key = case.full_name, case.entry(gpu_class), capability
             if key not in seen:
                 seen.append(key)
@@ -293,7 +309,8 @@ def compile_case(case: CompiledKernel, gpu_class: str):
         if signature[name].startswith("*") or (signature[name] in ("i32", "i64") and name not in case.unaligned)
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-    source = ASTSource(case.kernel, signature, constants, attributes)
+    source_of = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = source_of(case.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[gpu_class], 32), options=options)
 
 

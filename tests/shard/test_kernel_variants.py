@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from text_generation_kernels import compilation, dispatch, launch_settings
+from text_generation_kernels import attention_settings, compilation, dispatch, launch_settings
 from text_generation_kernels.attention_settings import AttentionShape
 from text_generation_kernels.compilation import Variant, compile_variants, noted_launches
 from text_generation_kernels.gpu import Gpu
@@ -60,7 +60,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> Iterator[None]:
     """Tensors of this machine go to the kernels as if they lay on the GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "INTERPRETS", True)
-        for module in (dispatch, launch_settings):
+        for module in (attention_settings, dispatch, launch_settings):
             patch.setattr(module, "gpu_of", lambda device: gpu)
         # No kernel has written the ids of the tokens.
         patch.setattr(functional, "embedding", lambda ids, weight: weight.new_zeros(len(ids), weight.shape[1]))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from text_generation_kernels.attention_layout import AttentionLayout
-from text_generation_kernels.attention_settings import AttentionShape, attention_layout
+from text_generation_kernels.attention_settings import AttentionShape, attention_layout, wide_operation
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.benchmarks.harness import Bench, Case
 from text_generation_kernels.paged_attention import AttentionWorkspace, paged_attention
@@ -74,7 +74,7 @@ def decode_cases(bench: Bench, shape: AttentionShape) -> Iterator[Case]:
 
 def prompt_cases(bench: Bench, shape: AttentionShape) -> Iterator[Case]:
     """Prompts, bound by the matrix unit; the last beside decoding sequences."""
-    wide = ("attention_wide", shape.settings_name)
+    wide = (wide_operation(shape, bench.device), shape.settings_name)
     whole, chunk, context, batch = (8192, 2048, 4096, 256) if not bench.is_tiny else (24, 18, 40, 3)
     prompts = Step([(whole, whole)], shape)
     yield make_case(bench, f"prompt, 1 x {whole}", prompts, wide, has_prompts=True)

@@ -100,7 +100,7 @@ def query_bytes(rows: int) -> float:
 
 def wide_attention(num_pairs: float, num_bytes: float) -> Launch:
     """Prompts with so many pairs of a token and one that it sees."""
-    settings: Settings = settings_of_class("attention_wide", "h100", f"d{HEAD_DIM}")
+    settings: Settings = settings_of_class("attention_hopper", "h100", f"d{HEAD_DIM}")
     return Launch(
         "attention", "attention, wide", num_bytes, 4 * HEADS * HEAD_DIM * num_pairs, HEADS * num_pairs, num_trips=6,
         programs_per_multiprocessor=settings["CTAS_PER_SM"],
