@@ -140,9 +140,11 @@ def _copy(
         key_end = gl.load(item + 6)
         num_tiles = (key_end - key_start + KEYS - 1) // KEYS
         start = _tile_start(0, key_start, full_start, full_end, KEYS, HAS_WINDOW)
-        start_before = start
         blocks = _blocks(table, start, key_end, places, BLOCK_SIZE)
-        blocks_before = blocks
+        # Other values than `start` and `blocks` have: what in the loop is given the very value that it had ahead of
+        # the loop, Triton takes for something that never changes.
+        start_before = start - KEYS
+        blocks_before = blocks * 0
         for turn in range(0, num_tiles + 1):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), (count // STAGES + 1) & 1)
