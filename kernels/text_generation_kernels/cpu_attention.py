@@ -1,12 +1,13 @@
 """Attention on a CPU, from the qkv projection to the heads' outputs; what all layers of a step share is made once.
 
-A cache is read and written as a matrix: keys and values are gathered a block and head at a time, and written a token
-and head at a time. Sequences with one query are one product, in groups of about the same length. Of those that begin
-with the same blocks, these are read once: outputs of the common keys and of each one's own are then weighted by their
-sums of exponentials. A block is zeroed as its first slot is written: what lies beyond a sequence's end is then masked
-by what it adds to a score, and no NaN that another sequence left there can come through.
+Keys and values of all heads are gathered a block at a time and written a token at a time. Sequences with one query are
+one product, in groups of about the same length. Of those that begin with the same blocks, these are read once: outputs
+of the common keys and of each one's own are then weighted by their sums of exponentials. A block is zeroed as its first
+slot is written: what lies beyond a sequence's end is then masked by what it adds to a score, and no NaN that another
+sequence left there can come through.
 
-Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size.
+Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size; a layer's cache is
+[num_blocks, block_size, 2 * KVH, D]: of each token its keys, then its values.
 """
 
 from collections.abc import Iterator
@@ -22,14 +23,25 @@ from text_generation_kernels.shared_prefix import find_shared_prefixes
 
 # Sequences up to here are decoded in one product, padded to the longest; longer ones, with those up to twice as long.
 _SHORT_LENGTH = 256
-# Keys that sequences share get a product of their own from so many on that need not be gathered again. The demo
+# Keys that sequences share get a product of their own if so many need not be gathered again. The demo
 # model's forward pass, 2 cores of a Xeon, ms: 8 sequences with 608 in common 35.7 and 29.0, 4 with 608 25.0 and 23.0,
 # 8 with 256 30.9 and 29.2; 8 with 128 28.5 and 30.1, 2 with 608 16.8 and 17.5.
 _MIN_KEYS_SAVED = 1536
 _MIN_SHARED_LENGTH = 128
 
-# As F.scaled_dot_product_attention, which does not tell the logarithms of the sums of exponentials.
-_attention_with_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# What F.scaled_dot_product_attention chooses, at a few microseconds' cost, without what it tells of the sums.
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """What sequences begin with, each prefix with as many rows as the most frequent one has sequences."""
+
+    count: int
+    blocks: torch.Tensor  # [prefixes * blocks of the longest] int64
+    bias: torch.Tensor | None  # [prefixes, 1, 1, S]: 0 or -inf; None: every position in those blocks is attended to
+    sequences: torch.Tensor  # [prefixes * rows] int64: which of B each row is of
+    rows: torch.Tensor  # [B] int64: a row of each sequence
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class _Decodes:
     """Sequences with one query each."""
 
     tokens: torch.Tensor | None  # [B] int64; None: the step's tokens, one after another
-    prefix: torch.Tensor | None  # [KVH * blocks] int64: rows of a cache with what all of them begin with
-    blocks: torch.Tensor  # [B * KVH * blocks of the longest] int64: rows of a cache with what follows
+    prefixes: _Prefixes | None
+    blocks: torch.Tensor  # [B * blocks of the longest] int64: what follows
     bias: torch.Tensor | None  # [B, 1, 1, S]: 0 or -inf; None: every position in those blocks is attended to
 
 
@@ -47,7 +59,7 @@ class _Prompt:
     """A sequence with several queries."""
 
     tokens: slice
-    blocks: torch.Tensor  # [KVH * blocks] int64: rows of a cache
+    blocks: torch.Tensor  # [blocks] int64
     length: int
     bias: torch.Tensor | None  # [Q, length]: 0 or -inf; None: causal from the first position on
 
@@ -62,9 +74,9 @@ class CpuAttentionPlan:
         sequence_lengths: NDArray[np.int32],  # [B]
         positions: NDArray[np.int64],  # [T]
         slot_mapping: NDArray[np.int64],  # [T]
-        cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]; any layer's
+        cache: torch.Tensor,  # any layer's
     ) -> None:
-        _, self._num_kv_heads, self._block_size, _ = cache.shape
+        self._block_size, self._num_kv_heads = cache.shape[1], cache.shape[2] // 2
         self._dtype = cache.dtype
         self._block_tables = block_tables
         self.query_starts = query_starts
@@ -72,13 +84,11 @@ class CpuAttentionPlan:
         self._positions = torch.from_numpy(positions)
         self._rotation: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sequences: dict[int | None, tuple[list[_Decodes], list[_Prompt]]] = {}
-        heads = np.arange(self._num_kv_heads)
-        blocks, offsets = np.divmod(slot_mapping.astype(np.int64), self._block_size)
-        rows = (blocks[:, None] * self._num_kv_heads + heads) * self._block_size + offsets[:, None]
-        self._written = torch.from_numpy(rows.reshape(-1))
+        blocks, offsets = np.divmod(slot_mapping, self._block_size)
+        self._written = torch.from_numpy(slot_mapping)
         begun = blocks[offsets == 0]
         partly = begun[~np.isin(begun, blocks[offsets == self._block_size - 1])]
-        self._begun = torch.from_numpy((partly[:, None] * self._num_kv_heads + heads).reshape(-1))
+        self._begun = torch.from_numpy(partly)
         self._begins_blocks = len(partly) > 0
 
     def rotation(self, cos_sin_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,19 +101,17 @@ class CpuAttentionPlan:
             self._rotation = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self._rotation
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-        """Store the step's keys and values, both [T, KVH, D]."""
-        for new, cache in ((key, key_cache), (value, value_cache)):
-            if self._begins_blocks:
-                self._by_block(cache).index_fill_(0, self._begun, 0)
-            rows = cache.view(-1, cache.shape[3])
-            rows.index_copy_(0, self._written, new.reshape(-1, rows.shape[1]))
+    def write(self, heads: torch.Tensor, cache: torch.Tensor) -> None:
+        """Store the step's keys and values, which are a token's heads: first its keys, then its values."""
+        # [T, 2 * KVH, D]
+        if self._begins_blocks:
+            cache.index_fill_(0, self._begun, 0)
+        cache.view(-1, *heads.shape[1:]).index_copy_(0, self._written, heads)
 
     def attend(
         self,
         query: torch.Tensor,  # [T, H, D]
-        key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
-        value_cache: torch.Tensor,
+        cache: torch.Tensor,
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
@@ -111,30 +119,30 @@ class CpuAttentionPlan:
         if sliding_window not in self._sequences:
             self._sequences[sliding_window] = list(self._decodes(sliding_window)), list(self._prompts(sliding_window))
         decodes, prompts = self._sequences[sliding_window]
-        caches = self._by_block(key_cache), self._by_block(value_cache)
         if len(decodes) == 1 and decodes[0].tokens is None:
-            return self._decode(query, *caches, decodes[0], scale)
+            return self._decode(query, cache, decodes[0], scale)
         output = torch.empty_like(query)
         for group in decodes:
             assert group.tokens is not None
-            output[group.tokens] = self._decode(query[group.tokens], *caches, group, scale)
+            output[group.tokens] = self._decode(query[group.tokens], cache, group, scale)
         for prompt in prompts:
-            output[prompt.tokens] = self._prefill(query[prompt.tokens], *caches, prompt, scale)
+            output[prompt.tokens] = self._prefill(query[prompt.tokens], cache, prompt, scale)
         return output
 
-    def _by_block(self, cache: torch.Tensor) -> torch.Tensor:
-        return cache.view(cache.shape[0] * self._num_kv_heads, -1)
+    def _gather(self, cache: torch.Tensor, blocks: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in these blocks, which are as many for each of the sequences; both [batch, KVH, S, D]."""
+        heads = cache.index_select(0, blocks).view(batch, -1, *cache.shape[2:]).transpose(1, 2)
+        return heads[:, : self._num_kv_heads], heads[:, self._num_kv_heads :]
 
-    def _blocks(self, rows: NDArray[np.int64], lengths: NDArray[np.int32], first: int = 0) -> torch.Tensor:
-        """Rows of a cache for each sequence, head and block from the first one on, up to so many keys.
+    def _blocks(self, rows: NDArray[np.int64], ends: NDArray[np.int32], starts: NDArray[np.int32]) -> torch.Tensor:
+        """The blocks of each sequence with these keys, from `starts` on, [B * blocks of the longest] int64.
 
         A shorter sequence's first block stands in for those it lacks.
         """
-        num_blocks = -(-lengths // self._block_size)
-        tables = self._block_tables[rows, first : first + num_blocks.max()].astype(np.int64)
-        tables = np.where(np.arange(tables.shape[1]) < num_blocks[:, None], tables, tables[:, :1])
-        heads = np.arange(self._num_kv_heads)[:, None]
-        return torch.from_numpy((tables[:, None] * self._num_kv_heads + heads).reshape(-1))
+        first, num_blocks = starts // self._block_size, -(-(ends - starts) // self._block_size)
+        places = np.arange(num_blocks.max())
+        places = np.where(places < num_blocks[:, None], first[:, None] + places, first[:, None])
+        return torch.from_numpy(self._block_tables[rows[:, None], places].astype(np.int64).reshape(-1))
 
     def _bias(self, is_attended: NDArray[np.bool_]) -> torch.Tensor:
         bias = torch.zeros(is_attended.shape, dtype=self._dtype)
@@ -143,36 +151,69 @@ class CpuAttentionPlan:
     def _decodes(self, sliding_window: int | None) -> Iterator[_Decodes]:
         query_lengths = np.diff(self.query_starts)
         is_alone = query_lengths == 1
+        # Of each sequence that begins as another does: how many keys, and the first sequence that begins so.
+        prefix_lengths, owners = np.zeros_like(self.sequence_lengths), np.arange(len(query_lengths))
         if sliding_window is None:
-            for shared in find_shared_prefixes(
+            groups = find_shared_prefixes(
                 self._block_tables, query_lengths, self.sequence_lengths, self._block_size, _MIN_SHARED_LENGTH
-            ):
-                if shared.length * (len(shared.sequences) - 1) >= _MIN_KEYS_SAVED:
-                    is_alone[shared.sequences] = False
-                    yield from self._decodes_behind(shared.length, shared.sequences, sliding_window)
-        yield from self._decodes_behind(0, np.flatnonzero(is_alone), sliding_window)
-
-    def _decodes_behind(
-        self, prefix_length: int, rows: NDArray[np.int64], sliding_window: int | None
-    ) -> Iterator[_Decodes]:
-        """Groups of sequences that all begin with the same keys, so many."""
-        own_lengths = self.sequence_lengths[rows] - prefix_length
-        classes = np.ceil(np.log2(np.maximum(own_lengths, _SHORT_LENGTH)))
-        for length_class in np.unique(classes):
-            group, lengths = rows[classes == length_class], own_lengths[classes == length_class]
-            blocks = self._blocks(group, lengths, prefix_length // self._block_size)
-            ends = lengths[:, None]
-            key_positions = np.arange(len(blocks) // (self._num_kv_heads * len(group)) * self._block_size)
-            is_attended = key_positions < ends
-            if sliding_window is not None:
-                is_attended &= key_positions >= ends - sliding_window
-            tokens = None if len(group) == self.query_starts[-1] else self.query_starts[group].astype(np.int64)
-            yield _Decodes(
-                None if tokens is None else torch.from_numpy(tokens),
-                self._blocks(group[:1], np.array([prefix_length])) if prefix_length else None,
-                blocks,
-                None if is_attended.all() else self._bias(is_attended)[:, None, None],
             )
+            if sum(group.length * (len(group.sequences) - 1) for group in groups) >= _MIN_KEYS_SAVED:
+                for group in groups:
+                    is_alone[group.sequences] = False
+                    prefix_lengths[group.sequences] = group.length
+                    owners[group.sequences] = group.sequences[0]
+        shares = prefix_lengths > 0
+        for rows in (np.flatnonzero(shares), np.flatnonzero(is_alone)):
+            own_lengths = self.sequence_lengths[rows] - prefix_lengths[rows]
+            classes = np.ceil(np.log2(np.maximum(own_lengths, _SHORT_LENGTH)))
+            for length_class in np.unique(classes):
+                group = rows[classes == length_class]
+                yield self._decodes_together(group, prefix_lengths[group], owners[group], sliding_window)
+
+    def _decodes_together(
+        self,
+        rows: NDArray[np.int64],
+        prefix_lengths: NDArray[np.int32],
+        owners: NDArray[np.int64],
+        sliding_window: int | None,
+    ) -> _Decodes:
+        """Sequences of about the same length behind their prefixes; all have one, or none has."""
+        lengths = self.sequence_lengths[rows]
+        ends = (lengths - prefix_lengths)[:, None]
+        blocks = self._blocks(rows, lengths, prefix_lengths)
+        key_positions = np.arange(len(blocks) // len(rows) * self._block_size)
+        is_attended = key_positions < ends
+        if sliding_window is not None:
+            is_attended &= key_positions >= ends - sliding_window
+        tokens = None if len(rows) == self.query_starts[-1] else self.query_starts[rows].astype(np.int64)
+        return _Decodes(
+            None if tokens is None else torch.from_numpy(tokens),
+            self._prefixes(prefix_lengths, owners) if prefix_lengths.any() else None,
+            blocks,
+            None if is_attended.all() else self._bias(is_attended)[:, None, None],
+        )
+
+    def _prefixes(self, prefix_lengths: NDArray[np.int32], owners: NDArray[np.int64]) -> _Prefixes:
+        first_owners, first, prefix, counts = np.unique(
+            owners, return_index=True, return_inverse=True, return_counts=True
+        )
+        # A row that a prefix has too many is one more of its first sequence.
+        sequences = np.repeat(first[:, None], counts.max(), axis=1)
+        places = np.zeros_like(prefix)
+        for number, count in enumerate(counts):
+            members = np.flatnonzero(prefix == number)
+            sequences[number, :count] = members
+            places[members] = number * counts.max() + np.arange(count)
+        lengths = prefix_lengths[first]
+        blocks = self._blocks(first_owners, lengths, np.zeros_like(lengths))
+        is_attended = np.arange(len(blocks) // len(first) * self._block_size) < lengths[:, None]
+        return _Prefixes(
+            len(first),
+            blocks,
+            None if is_attended.all() else self._bias(is_attended)[:, None, None],
+            torch.from_numpy(sequences.reshape(-1)),
+            torch.from_numpy(places),
+        )
 
     def _prompts(self, sliding_window: int | None) -> Iterator[_Prompt]:
         for row in np.flatnonzero(np.diff(self.query_starts) > 1):
@@ -186,40 +227,36 @@ class CpuAttentionPlan:
                 if sliding_window is not None:
                     is_attended &= key_positions > query_positions - sliding_window
                 bias = self._bias(is_attended)
-            blocks = self._blocks(np.array([row]), self.sequence_lengths[row : row + 1])
+            blocks = self._blocks(np.array([row]), self.sequence_lengths[row : row + 1], np.zeros(1, np.int32))
             yield _Prompt(slice(start, end), blocks, length, bias)
 
-    def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _Decodes, scale: float
-    ) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, cache: torch.Tensor, group: _Decodes, scale: float) -> torch.Tensor:
         """The query heads that share a key head are the rows of one product, so K and V are read once."""
         batch, num_heads, head_dim = query.shape
         shape = (batch, self._num_kv_heads, -1, head_dim)
         query = query.view(shape)
-        key, value = (cache.index_select(0, group.blocks).view(shape) for cache in (keys, values))
-        if group.prefix is None:
-            output = F.scaled_dot_product_attention(query, key, value, attn_mask=group.bias, scale=scale)
-        else:
-            output, own_sums = _attention_with_sums(query, key, value, attn_mask=group.bias, scale=scale)
-            # The queries of all sequences are rows of one product, too.
-            key, value = (cache.index_select(0, group.prefix).view(1, *shape[1:]) for cache in (keys, values))
-            query = query.transpose(0, 1).reshape(1, *shape[1:])
-            of_prefix, sums = _attention_with_sums(query, key, value, scale=scale)
-            sums = sums.view(self._num_kv_heads, batch, -1).transpose(0, 1)
+        key, value = self._gather(cache, group.blocks, batch)
+        output, own_sums = _attention_with_sums(query, key, value, group.bias, scale)
+        if group.prefixes is not None:
+            # The queries of all sequences that begin with the same keys are rows of one product, too.
+            prefixes = group.prefixes
+            key, value = self._gather(cache, prefixes.blocks, prefixes.count)
+            rows = query.index_select(0, prefixes.sequences).view(prefixes.count, -1, *query.shape[1:])
+            shared = rows.transpose(1, 2)  # [prefixes, KVH, rows, group, D]
+            of_prefix, sums = _attention_with_sums(shared.flatten(2, 3), key, value, prefixes.bias, scale)
+            of_prefix = of_prefix.view_as(shared).transpose(1, 2).flatten(0, 1).index_select(0, prefixes.rows)
+            sums = sums.view(shared.shape[:4]).transpose(1, 2).flatten(0, 1).index_select(0, prefixes.rows)
             share = sums.sub(own_sums).sigmoid_().unsqueeze(3).to(output.dtype)
-            of_prefix = of_prefix.reshape(self._num_kv_heads, batch, -1, head_dim).transpose(0, 1)
             output = torch.lerp(output, of_prefix, share)
         return output.reshape(batch, num_heads, head_dim)
 
-    def _prefill(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompt: _Prompt, scale: float
-    ) -> torch.Tensor:
+    def _prefill(self, query: torch.Tensor, cache: torch.Tensor, prompt: _Prompt, scale: float) -> torch.Tensor:
         """Keys are expanded over the query heads that share them, not copied."""
         query_length, num_heads, head_dim = query.shape
-        shape, group = (self._num_kv_heads, 1, -1, head_dim), num_heads // self._num_kv_heads
+        group = num_heads // self._num_kv_heads
         key, value = (
-            cache.index_select(0, prompt.blocks).view(shape)[:, :, : prompt.length].expand(-1, group, -1, -1)
-            for cache in (keys, values)
+            heads[:, :, : prompt.length].transpose(0, 1).expand(-1, group, -1, -1)
+            for heads in self._gather(cache, prompt.blocks, 1)
         )
         output = F.scaled_dot_product_attention(
             query.view(query_length, self._num_kv_heads, group, head_dim).permute(1, 2, 0, 3), key, value,
@@ -229,9 +266,8 @@ class CpuAttentionPlan:
 
 
 def cpu_attention(
-    qkv: torch.Tensor,  # [T, (H + 2 * KVH) * D]
-    key_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
-    value_cache: torch.Tensor,  # [num_blocks, KVH, block_size, D]
+    qkv: torch.Tensor,  # [T, (H + 2 * KVH) * D]; changed
+    cache: torch.Tensor,  # [num_blocks, block_size, 2 * KVH, D]; written to
     plan: CpuAttentionPlan,
     cos_sin_cache: torch.Tensor,  # [max_positions, rotary_dim] float32: cosines of the angles, then their sines
     scale: float,
@@ -240,25 +276,36 @@ def cpu_attention(
     key_norm: torch.Tensor | None = None,  # [D]
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """The heads' outputs, [T, H * D]; rotated keys and the values go to the caches. Heads are normed first if asked."""
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    """The heads' outputs, [T, H * D]; rotated keys and the values go to the cache. Heads are normed first if asked."""
+    num_kv_heads, head_dim = cache.shape[2] // 2, cache.shape[3]
     num_tokens, width = qkv.shape
-    num_rotated = width // head_dim - num_kv_heads
-    num_heads = num_rotated - num_kv_heads
-    rotated, value = qkv.view(num_tokens, -1, head_dim).split((num_rotated, num_kv_heads), dim=1)
+    num_heads = width // head_dim - 2 * num_kv_heads
+    query, key_and_value = qkv.view(num_tokens, -1, head_dim).split((num_heads, 2 * num_kv_heads), dim=1)
     if query_norm is not None and key_norm is not None:
-        query, key = rotated.split((num_heads, num_kv_heads), dim=1)
-        rotated = torch.cat((rms_norm_on_cpu(query, query_norm, eps), rms_norm_on_cpu(key, key_norm, eps)), dim=1)
-    query, key = _rotate(rotated, *plan.rotation(cos_sin_cache)).split((num_heads, num_kv_heads), dim=1)
-    plan.write(key, value, key_cache, value_cache)
-    return plan.attend(query, key_cache, value_cache, scale, sliding_window).view(num_tokens, -1)
+        key = key_and_value[:, :num_kv_heads]
+        query.copy_(rms_norm_on_cpu(query, query_norm, eps))
+        key.copy_(rms_norm_on_cpu(key, key_norm, eps))
+    _rotate(qkv.view(num_tokens, -1, head_dim)[:, : num_heads + num_kv_heads], *plan.rotation(cos_sin_cache))
+    plan.write(key_and_value, cache)
+    return plan.attend(query, cache, scale, sliding_window).view(num_tokens, -1)
 
 
-def _rotate(heads: torch.Tensor, factor: torch.Tensor, exchanged_factor: torch.Tensor) -> torch.Tensor:
-    """Each head's first dimensions, as many as there are factors, rotated by halves."""
+def _attention_with_sums(
+    query: torch.Tensor,  # [B, KVH, Q, D]
+    key: torch.Tensor,  # [B, KVH, S, D]
+    value: torch.Tensor,  # [B, KVH, S, D]
+    bias: torch.Tensor | None,  # [B, 1, 1, S]
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs, [B, KVH, Q, D], and the logarithms of their sums of exponentials, [B, KVH, Q]."""
+    outputs: tuple[torch.Tensor, torch.Tensor] = _flash_attention(query, key, value, attn_mask=bias, scale=scale)
+    return outputs
+
+
+def _rotate(heads: torch.Tensor, factor: torch.Tensor, exchanged_factor: torch.Tensor) -> None:
+    """Rotate, in place and by halves, each head's first dimensions, as many as there are factors."""
     rotary_dim = factor.shape[2]
     if rotary_dim < heads.shape[2]:
-        turned = _rotate(heads[..., :rotary_dim], factor, exchanged_factor)
-        return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
-    wide = heads.float()
-    return torch.addcmul(wide * factor, wide.roll(rotary_dim // 2, dims=-1), exchanged_factor).to(heads.dtype)
+        heads = heads[..., :rotary_dim]
+    exchanged = heads.roll(rotary_dim // 2, dims=-1)
+    heads.copy_(torch.addcmul(heads * factor, exchanged, exchanged_factor))

@@ -24,7 +24,7 @@ class KernelAttentionPlan:
 class ForwardContext:
     """One step's view of the batch. Sequences are in batch order, their tokens flattened one after another."""
 
-    kv_caches: KvCaches  # per layer: key and value, each [num_blocks, num_kv_heads, block_size, head_dim]
+    kv_caches: KvCaches
     plan: KernelAttentionPlan | CpuAttentionPlan
 
 

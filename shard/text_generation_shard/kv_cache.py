@@ -19,7 +19,9 @@ DEFAULT_CPU_KV_BYTES = 4 * 2**30
 CUDA_GRAPH_SIZE_BYTES = 32 * 2**20
 CUDA_SPARE_BYTES = 768 * 2**20
 
-KvCaches = list[tuple[torch.Tensor, torch.Tensor]]
+# Of each layer keys and values, both [num_blocks, num_kv_heads, block_size, head_dim]; on a CPU they are one tensor,
+# [num_blocks, block_size, 2 * num_kv_heads, head_dim], of each token its keys, then its values.
+KvCaches = list[tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,13 @@ class KvLayout:
 
 
 def allocate_kv_caches(layout: KvLayout, num_blocks: int, device: torch.device) -> KvCaches:
-    """One key and one value tensor a layer, zeroed: attention multiplies what was never written by zero."""
+    """Zeroed: attention multiplies what was never written by zero."""
+    layers = range(layout.num_layers)
+    if device.type == "cpu":
+        shape = (num_blocks, layout.block_size, 2 * layout.num_kv_heads, layout.head_dim)
+        return [(_allocate_on_touch(shape, layout.dtype),) for _ in layers]
     shape = (num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
-
-    def allocate() -> torch.Tensor:
-        if device.type == "cpu":
-            return _allocate_on_touch(shape, layout.dtype)
-        return torch.zeros(shape, dtype=layout.dtype, device=device)
-
-    return [(allocate(), allocate()) for _ in range(layout.num_layers)]
+    return [tuple(torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(2)) for _ in layers]
 
 
 def _allocate_on_touch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

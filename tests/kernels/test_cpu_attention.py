@@ -24,8 +24,8 @@ class Sequences:
         self.tables = rng.integers(0, len(order), (len(counts), max(counts)), dtype=np.int32)
         for row, count in enumerate(counts):
             self.tables[row, :count] = [order.pop() for _ in range(count)]
-        shape = (sum(counts) + 3, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        self.caches = tuple(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        shape = (sum(counts) + 3, BLOCK_SIZE, 2 * NUM_KV_HEADS, HEAD_DIM)
+        self.cache = torch.full(shape, torch.nan, dtype=dtype)
         generator = torch.Generator().manual_seed(3)
         width = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
         self.qkv = [torch.randn(length, width, generator=generator).to(dtype) for length in max_lengths]
@@ -47,10 +47,10 @@ class Sequences:
         slots = self.tables[owners, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
         starts = np.array([0, *np.cumsum(counts)], np.int32)
         lengths = (before + counts).astype(np.int32)
-        plan = CpuAttentionPlan(self.tables[rows], starts, lengths, positions, slots, self.caches[0])
+        plan = CpuAttentionPlan(self.tables[rows], starts, lengths, positions, slots, self.cache)
         qkv = torch.cat([self.qkv[row][at : at + n] for row, at, n in zip(rows, before, counts, strict=True)])
         norms = self.norms if has_norms else [None, None]
-        return cpu_attention(qkv, *self.caches, plan, self.table, SCALE, window, *norms, 1e-5)
+        return cpu_attention(qkv, self.cache, plan, self.table, SCALE, window, *norms, 1e-5)
 
     def expected(self, row: int, window: int | None, has_norms: bool) -> torch.Tensor:
         """All outputs of a row in float64, [length, H * D]."""
@@ -142,22 +142,22 @@ def test_a_short_common_beginning_is_read_by_each(monkeypatch: pytest.MonkeyPatc
 def noted_prefixes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each group of decodes, from now on, reads a common beginning once."""
     prefixes = []
-    decodes_behind = CpuAttentionPlan._decodes_behind
+    decodes_together = CpuAttentionPlan._decodes_together
 
-    def note(plan: CpuAttentionPlan, prefix_length: int, rows: Any, sliding_window: int | None) -> Any:
-        prefixes.append(prefix_length > 0)
-        return decodes_behind(plan, prefix_length, rows, sliding_window)
+    def note(plan: CpuAttentionPlan, rows: Any, prefix_lengths: Any, *others: Any) -> Any:
+        prefixes.append(prefix_lengths.any())
+        return decodes_together(plan, rows, prefix_lengths, *others)
 
-    monkeypatch.setattr(CpuAttentionPlan, "_decodes_behind", note)
+    monkeypatch.setattr(CpuAttentionPlan, "_decodes_together", note)
     return prefixes
 
 
 def test_slots_of_others_stay_as_they_are() -> None:
     sequences = Sequences([9, 5], torch.float32)
     sequences.step({0: 9})
-    before = [cache.clone() for cache in sequences.caches]
+    before = sequences.cache.clone()
     sequences.step({1: 5})
-    others = sorted({*range(len(before[0]))} - {*sequences.tables[1, :2].tolist()})
-    for cache, old in zip(sequences.caches, before, strict=True):
-        assert torch.equal(cache[others], old[others]) or torch.allclose(cache[others], old[others], 0, 0, True)
-        assert cache[sequences.tables[1, :2].tolist()].isfinite().all()
+    own = sequences.tables[1, :2].tolist()
+    others = sorted({*range(len(before))} - {*own})
+    torch.testing.assert_close(sequences.cache[others], before[others], atol=0, rtol=0, equal_nan=True)
+    assert sequences.cache[own].isfinite().all()

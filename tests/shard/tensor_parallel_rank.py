@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
+from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.model_config import load_model_config
 from text_generation_shard.weights import load_model
 
 TOKENS = [5, 99, 0, 100, 41, 7, 7, 63, 12]
 
 
-def context(position: int, count: int, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> ForwardContext:
+def context(position: int, count: int, caches: KvCaches) -> ForwardContext:
     positions = np.arange(position, position + count)
     plan = CpuAttentionPlan(
         block_tables=np.arange(3, dtype=np.int32)[None],
@@ -38,8 +39,8 @@ def main(folder: Path, rank: int, world_size: int, port: int) -> None:
     assert distributed.broadcast(torch.tensor([rank + 3])).tolist() == [3]
     config = load_model_config(folder)
     model = load_model(config, [folder / "model.safetensors"], torch.float32, device, rank, world_size)
-    shape = (3, config.num_kv_heads // world_size, 4, config.head_dim)
-    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_layers)]
+    shape = (3, 4, 2 * config.num_kv_heads // world_size, config.head_dim)
+    caches: KvCaches = [(torch.zeros(shape),) for _ in range(config.num_layers)]
     logits = []
     with torch.inference_mode():
         for position, count in ((0, 7), (7, 1), (8, 1)):

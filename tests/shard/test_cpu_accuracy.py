@@ -16,6 +16,7 @@ from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.hub_download import HubSettings
+from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.model_config import load_model_config
 from text_generation_shard.model_files import ResolvedModel, resolve_model
 from text_generation_shard.serve import choose_dtype, choose_form
@@ -57,10 +58,8 @@ class Model:
         """Of every token at every position, [texts, LENGTH, V] float32."""
         num_layers, num_kv_heads, head_dim = self._shape
         num_blocks = -(-LENGTH // BLOCK_SIZE)
-        shape = (len(texts) * num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
-        caches = [
-            (torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)) for _ in range(num_layers)
-        ]
+        shape = (len(texts) * num_blocks, BLOCK_SIZE, 2 * num_kv_heads, head_dim)
+        caches: KvCaches = [(torch.zeros(shape, dtype=self.dtype),) for _ in range(num_layers)]
         tables = np.arange(len(texts) * num_blocks, dtype=np.int32).reshape(len(texts), num_blocks)
         parts = []
         with torch.inference_mode():

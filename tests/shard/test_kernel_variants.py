@@ -24,7 +24,7 @@ from text_generation_shard.config import DEFAULT_GRAPH_SIZES, ShardConfig
 from text_generation_shard.gpu_execution import GpuExecution, GpuModel
 from text_generation_shard.kernel_compilation import KernelCompilation, compiled_mark, start_compilation
 from text_generation_shard.kernel_variants import RunOnce, variants
-from text_generation_shard.kv_cache import KvLayout, allocate_kv_caches
+from text_generation_shard.kv_cache import KvCaches, KvLayout
 from text_generation_shard.layers.partition import Partition
 from text_generation_shard.model_config import ModelConfig, parse_model_config
 from text_generation_shard.models import model_class
@@ -79,7 +79,8 @@ def launch_everything(config: ModelConfig, dtype: torch.dtype) -> None:
     model = model_class(config.model_type)(config, Partition(0, 1, dtype, CPU))
     gpu_model = GpuModel(model, shape, config.hidden_size, dtype, config.sliding_windows)  # type: ignore[arg-type]
     execution = GpuExecution(gpu_model, CPU, RunOnce(), GRAPH_SIZES)
-    caches = allocate_kv_caches(layout, 3, CPU)
+    cache = torch.zeros(3, layout.num_kv_heads, layout.block_size, layout.head_dim, dtype=dtype)
+    caches: KvCaches = [(cache, cache.clone()) for _ in range(layout.num_layers)]
     execution.run_worst_case(limits, caches)
     execution.start(limits, caches)
     for size in (3, 17, 259, 701):

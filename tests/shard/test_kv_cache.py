@@ -69,11 +69,11 @@ def test_default_budget(total_gib: int, available_gib: int, world_size: int, exp
 def test_layout_and_tensors_agree(dtype: torch.dtype) -> None:
     layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=5, dtype=dtype)
     caches = allocate_kv_caches(layout, 7, torch.device("cpu"))
-    tensors = [tensor for pair in caches for tensor in pair]
+    tensors = [cache for (cache,) in caches]
     assert sum(tensor.nbytes for tensor in tensors) == 7 * layout.bytes_per_block == 7 * 16 * layout.bytes_per_token
     for index, tensor in enumerate(tensors):
-        assert tensor.shape == (7, 2, 16, 5)
+        assert tensor.shape == (7, 16, 2 * 2, 5)
         assert tensor.dtype == dtype
         assert not tensor.any()  # nothing before wrote into it: no two share memory
         tensor.fill_(index + 1)
-    assert [int(tensor[0, 0, 0, 0]) for tensor in tensors] == [1, 2, 3, 4, 5, 6]
+    assert [int(tensor[0, 0, 0, 0]) for tensor in tensors] == [1, 2, 3]

@@ -12,6 +12,7 @@ from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.cpu_attention import CpuAttentionPlan
 from text_generation_kernels.paged_attention import AttentionWorkspace
 from text_generation_shard.forward_context import ForwardContext, KernelAttentionPlan, forward_context
+from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.weights import load_model
 from transformers import (
@@ -97,11 +98,7 @@ class PagedBatch:
         num_blocks = len(sequences) * max_blocks
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
         self.tables = order.view(len(sequences), max_blocks).int()
-        shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        with device:
-            self.caches = [
-                (torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(config.num_layers)
-            ]
+        self.caches: KvCaches = [self.cache(num_blocks) for _ in range(config.num_layers)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
     def step(self, num_tokens: dict[int, int], last_of: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -135,6 +132,11 @@ class PagedBatch:
             self.logits[row].append(logits[starts[index] : starts[index + 1]])
         return logits
 
+    def cache(self, num_blocks: int) -> tuple[torch.Tensor, ...]:
+        """A layer's, in which nothing was written yet."""
+        shape = (num_blocks, BLOCK_SIZE, 2 * self.config.num_kv_heads, self.config.head_dim)
+        return (torch.full(shape, torch.nan),)
+
     def plan(
         self, tables: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, slots: np.ndarray
     ) -> CpuAttentionPlan | KernelAttentionPlan:
@@ -144,6 +146,11 @@ class PagedBatch:
 
 class KernelBatch(PagedBatch):
     """The same by kernels, as on a GPU."""
+
+    def cache(self, num_blocks: int) -> tuple[torch.Tensor, ...]:
+        """A layer's, in which nothing was written yet."""
+        shape = (num_blocks, self.config.num_kv_heads, BLOCK_SIZE, self.config.head_dim)
+        return tuple(torch.full(shape, torch.nan, device=self.device) for _ in range(2))
 
     def plan(
         self, tables: torch.Tensor, starts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, slots: np.ndarray

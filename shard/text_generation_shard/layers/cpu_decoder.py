@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 from text_generation_kernels.reference import silu_and_mul
-from text_generation_kernels.rms_norm import rms_norm_on_cpu
 
 from text_generation_shard.kv_cache import KvCaches
 
@@ -40,14 +39,25 @@ class CpuLayer:
     down: Product
 
 
-@dataclass(frozen=True, slots=True)
 class CpuDecoder:
     """All layers and the norm behind them."""
 
-    layers: Sequence[CpuLayer]
-    norm: torch.Tensor  # [hidden]
-    eps: float
-    cos_sin_cache: torch.Tensor  # [max_positions, rotary_dim] float32
+    def __init__(
+        self,
+        layers: Sequence[CpuLayer],
+        norm: torch.Tensor,  # [hidden]
+        eps: float,
+        cos_sin_cache: torch.Tensor,  # [max_positions, rotary_dim] float32
+    ) -> None:
+        norms = [
+            weight.float() * len(weight) ** 0.5 for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)
+        ]
+        self._first_norm, *rest = [*norms, norm.float() * len(norm) ** 0.5]
+        # With each layer the norms behind its attention and behind its MLP.
+        self._layers = list(zip(layers, rest[::2], rest[1::2], strict=True))
+        self._dtype = norm.dtype
+        self._eps = eps
+        self._cos_sin_cache = cos_sin_cache
 
     def run(
         self,
@@ -59,21 +69,31 @@ class CpuDecoder:
         """Normed hidden states of all tokens, or of those that `rows` names.
 
         Of the others the last layer computes keys and values, which later tokens attend to, and nothing behind them.
-        The residual is float32: rounded in each layer, it would lose more than all else does.
+        The residual is float32: rounded in each layer, it would lose more than all else does. Behind its columns
+        stands one more, by which a row's length is never 0: the root of their number times eps.
         """
-        residual, eps = embeddings.float(), self.eps
-        normed = rms_norm_on_cpu(residual, self.layers[0].attention_norm, eps)
-        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]
-        for layer, (key_cache, value_cache), next_norm in zip(self.layers, kv_caches, next_norms, strict=True):
+        num_tokens, width = embeddings.shape
+        extended = torch.empty((num_tokens, width + 1))
+        extended[:, width] = (width * self._eps) ** 0.5
+        residual = extended[:, :width]
+        residual.copy_(embeddings)
+
+        def norm(weight: torch.Tensor) -> torch.Tensor:
+            length = torch.linalg.vector_norm(extended, dim=1, keepdim=True)
+            return torch.mul(residual, weight).div_(length).to(self._dtype)
+
+        normed = norm(self._first_norm)
+        for (layer, mlp_norm, next_norm), (cache,) in zip(self._layers, kv_caches, strict=True):
             attention = layer.attention
             heads = cpu_attention(
-                attention.qkv(normed), key_cache, value_cache, plan, self.cos_sin_cache, attention.scale,
-                attention.sliding_window, attention.query_norm, attention.key_norm, eps,
+                attention.qkv(normed), cache, plan, self._cos_sin_cache, attention.scale,
+                attention.sliding_window, attention.query_norm, attention.key_norm, self._eps,
             )  # fmt: skip
-            if rows is not None and layer is self.layers[-1]:
-                heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
-            residual = residual.add_(attention.output(heads))
-            normed = rms_norm_on_cpu(residual, layer.mlp_norm, eps)
-            residual = residual.add_(layer.down(silu_and_mul(layer.gate_up(normed))))
-            normed = rms_norm_on_cpu(residual, next_norm, eps)
+            if rows is not None and layer is self._layers[-1][0]:
+                heads, extended = heads.index_select(0, rows), extended.index_select(0, rows)
+                residual = extended[:, :width]
+            residual.add_(attention.output(heads))
+            normed = norm(mlp_norm)
+            residual.add_(layer.down(silu_and_mul(layer.gate_up(normed))))
+            normed = norm(next_norm)
         return normed
