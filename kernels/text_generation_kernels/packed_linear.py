@@ -8,6 +8,10 @@ float32 410 and 140 us at 1 row, 4739 and 1957 at 256.
 import torch
 
 _CAPABILITIES = ("AVX2", "AVX512")
+# Rows that the order is made for. Products of the demo model's 30 layers, bfloat16, 2 cores of a Xeon with AMX, ms,
+# without that number and with it: 17.1 and 16.9 at 8 rows, 25.4 and 23.3 at 47, 33.5 and 29.7 at 128, 210 and 204 at
+# 2048; float32 within 3 % of each other.
+_EXPECTED_ROWS = 8
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -23,7 +27,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """The weight for `packed_linear`, which alone can read it."""  # [N, K]
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
     return packed
 
 
