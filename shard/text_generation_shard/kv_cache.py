@@ -19,7 +19,7 @@ DEFAULT_CPU_KV_BYTES = 4 * 2**30
 CUDA_GRAPH_SIZE_BYTES = 32 * 2**20
 CUDA_SPARE_BYTES = 768 * 2**20
 
-# Of each layer keys and values, both [num_blocks, num_kv_heads, block_size, head_dim]; on a CPU they are one tensor,
+# Of each layer keys and values, both [num_blocks, num_kv_heads, block_size, head_dim]; or joined in one tensor,
 # [num_blocks, block_size, 2 * num_kv_heads, head_dim], of each token its keys, then its values.
 KvCaches = list[tuple[torch.Tensor, ...]]
 
@@ -33,6 +33,7 @@ class KvLayout:
     head_dim: int
     dtype: torch.dtype
     block_size: int = BLOCK_SIZE
+    is_joined: bool = False  # a layer's keys and values are one tensor, as attention on a CPU takes them
 
     @property
     def bytes_per_token(self) -> int:
@@ -47,12 +48,17 @@ class KvLayout:
 
 def allocate_kv_caches(layout: KvLayout, num_blocks: int, device: torch.device) -> KvCaches:
     """Zeroed: attention multiplies what was never written by zero."""
-    layers = range(layout.num_layers)
-    if device.type == "cpu":
-        shape = (num_blocks, layout.block_size, 2 * layout.num_kv_heads, layout.head_dim)
-        return [(_allocate_on_touch(shape, layout.dtype),) for _ in layers]
     shape = (num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
-    return [tuple(torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(2)) for _ in layers]
+    if layout.is_joined:
+        shape = (num_blocks, layout.block_size, 2 * layout.num_kv_heads, layout.head_dim)
+
+    def allocate() -> torch.Tensor:
+        if device.type == "cpu":
+            return _allocate_on_touch(shape, layout.dtype)
+        return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+    num_tensors = 1 if layout.is_joined else 2
+    return [tuple(allocate() for _ in range(num_tensors)) for _ in range(layout.num_layers)]
 
 
 def _allocate_on_touch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -120,8 +120,9 @@ def load_runner(
         logger.warning("The weights are random (--load-format dummy): answers mean nothing")
     logger.info("%s in %s on %s", model_config.model_type, str(dtype).removeprefix("torch."), device)
     layout = KvLayout(
-        model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype
-    )
+        model_config.num_layers, model_config.num_kv_heads // config.world_size, model_config.head_dim, dtype,
+        is_joined=device.type == "cpu",
+    )  # fmt: skip
     return runner_class(
         _execution(cast(CausalModel, model), model_config, layout, config, device),
         _model_info(model_config, device),

@@ -65,15 +65,16 @@ def test_default_budget(total_gib: int, available_gib: int, world_size: int, exp
     assert cpu_kv_bytes(12345, world_size, root) == 12345
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layout_and_tensors_agree(dtype: torch.dtype) -> None:
-    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=5, dtype=dtype)
+def test_layout_and_tensors_agree(dtype: torch.dtype, is_joined: bool) -> None:
+    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=5, dtype=dtype, is_joined=is_joined)
     caches = allocate_kv_caches(layout, 7, torch.device("cpu"))
-    tensors = [cache for (cache,) in caches]
+    tensors = [tensor for layer in caches for tensor in layer]
     assert sum(tensor.nbytes for tensor in tensors) == 7 * layout.bytes_per_block == 7 * 16 * layout.bytes_per_token
     for index, tensor in enumerate(tensors):
-        assert tensor.shape == (7, 16, 2 * 2, 5)
+        assert tensor.shape == ((7, 16, 2 * 2, 5) if is_joined else (7, 2, 16, 5))
         assert tensor.dtype == dtype
         assert not tensor.any()  # nothing before wrote into it: no two share memory
         tensor.fill_(index + 1)
-    assert [int(tensor[0, 0, 0, 0]) for tensor in tensors] == [1, 2, 3]
+    assert [int(tensor[0, 0, 0, 0]) for tensor in tensors] == ([1, 2, 3] if is_joined else [1, 2, 3, 4, 5, 6])
