@@ -46,14 +46,17 @@ def attention_layout(
     """
     smallest = max(SMALLEST_TILE_ROWS, triton.next_power_of_2(shape.group_size))
     narrow = launch_settings("attention_narrow", device, shape.settings_name)
-    wide = launch_settings(wide_operation(shape, device), device, shape.settings_name)
+    operation = wide_operation(shape, device)
+    wide = launch_settings(operation, device, shape.settings_name)
     return AttentionLayout(
         group_size=shape.group_size,
         block_size=shape.block_size,
         max_tokens=max_tokens,
         max_sequences=max_sequences,
         narrow=make_tile(narrow, smallest, shape.num_kv_heads, device),
-        wide=make_tile(wide, max(wide["ROWS"], smallest), shape.num_kv_heads, device) if has_prompts else None,
+        wide=make_tile(wide, max(wide["ROWS"], smallest), shape.num_kv_heads, device, operation == "attention_hopper")
+        if has_prompts
+        else None,
     )
 
 
@@ -65,9 +68,8 @@ def wide_operation(shape: AttentionShape, device: torch.device) -> str:
     return "attention_hopper" if is_hopper and suits else "attention_wide"
 
 
-def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.device) -> Tile:
+def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.device, is_hopper: bool = False) -> Tile:
     """As many workers as fit on the device at once: their shares are equal, so a second wave would double the time."""
-    is_hopper = "STAGES" in settings
     programs = num_multiprocessors(device) * settings["CTAS_PER_SM"]
     return Tile(
         rows=rows,
@@ -75,7 +77,7 @@ def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.de
         num_workers=max(1, programs // num_kv_heads),
         min_key_tiles=settings["MIN_KEY_TILES"],
         num_warps=settings["num_warps"],
-        num_stages=settings["STAGES" if is_hopper else "num_stages"],
+        num_stages=settings["num_stages"],
         max_registers=settings.get("maxnreg"),
         is_hopper=is_hopper,
     )

@@ -123,12 +123,12 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     ("attention_wide/d256", "default"): {
         "ROWS": 64, "KEYS": 32, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 8, "num_stages": 3,
     },
-    # Hopper's own kernel of prompts: STAGES tiles of keys and of values in shared memory; num_warps: of a warpgroup.
+    # Hopper's own kernel of prompts: num_stages tiles of keys and values in shared memory, num_warps of a warpgroup.
     ("attention_hopper/d64", "default"): {
-        "ROWS": 128, "KEYS": 64, "STAGES": 4, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 4,
     },
     ("attention_hopper/d128", "default"): {
-        "ROWS": 128, "KEYS": 64, "STAGES": 3, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4,
+        "ROWS": 128, "KEYS": 64, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,
     },
     ("attention_wide/float32", "default"): {
         "ROWS": 32, "KEYS": 16, "CTAS_PER_SM": 1, "MIN_KEY_TILES": 8, "num_warps": 4, "num_stages": 3,

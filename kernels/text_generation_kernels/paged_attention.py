@@ -125,9 +125,7 @@ def _launch_items(
         "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": True,
     }  # fmt: skip
     if tile.is_hopper:
-        hopper_attention_kernel[grid](
-            *tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages, **constants
-        )  # fmt: skip
+        hopper_attention_kernel[grid](*tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages, **constants)
         return
     attention_items_kernel[grid](
         *tensors, workspace.arrivals, block_tables.stride(0), *factors,

@@ -316,7 +316,7 @@ class Engine:
         stuck: tuple[ShardGroup, int] | None = None
         while True:
             await asyncio.sleep(PROBE_INTERVAL_S)
-            self._garbage.collect_all(is_idle=not self._in_flight)
+            self._garbage.collect_all(self._is_idle)
             group = self._group
             if group is None:
                 continue
@@ -328,9 +328,14 @@ class Engine:
             # Twice in a row, or what was stopped together with this process would count as stuck.
             if stuck is not None and stuck == was_stuck:
                 self._on_failure(group, ShardFailure(f"shard {rank} makes no progress", is_stuck=True))
-            elif stuck is None and not self._in_flight:
+            elif stuck is None and self._is_idle:
                 self._is_probe_due = True
                 self._wakeup.set()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Nothing runs or waits to be handed out. While results wait for that, there can be a batch and no plan."""
+        return not (self._in_flight or self._scheduler.running or self._publisher.has_work)
 
     def _unanswered(self) -> list[PlanInFlight]:
         """The plans that the shards owe a result, oldest first."""
@@ -351,14 +356,12 @@ class Engine:
         await asyncio.sleep(0)  # results and requests may have come
 
     async def _fill_pipeline(self) -> None:
-        """Send plans while there is room for them and they are due; a probe, if it is, to shards that have none.
+        """Send plans while there is room for them and they are due; a probe, if it is, to idle shards.
 
-        By a probe too the shards compute what is in the batch, so it goes to an empty one alone: while results wait to
-        be handed out there can be a batch and no plan.
+        By a probe too the shards compute what is in the batch.
         """
         await self._send_plans()
-        is_idle = not self._in_flight and not self._scheduler.running
-        if self._is_probe_due and is_idle and self._failure is None:
+        if self._is_probe_due and self._is_idle and self._failure is None:
             await self._send(self._scheduler.probe())
         self._is_probe_due = False
 

@@ -27,7 +27,7 @@ class GarbageCollection:
         self._num_collections = 0
         self._num_since_full = 0
         self._full_s = time.monotonic()
-        self._holds_free_memory = False  # which a server that stays idle does not need
+        self._holds_free_memory = False  # which an idle server does not need
 
     def take_over(self) -> None:
         """Collect, keep what stands now out of all later collections, and switch Python's own timing off."""
@@ -46,7 +46,7 @@ class GarbageCollection:
     def collect_all(self, is_idle: bool) -> None:
         """Collect everything if the server has just become idle, or has not been for long.
 
-        At the next call that finds it idle, the free memory goes back to the system.
+        At a later call that finds it idle, the free memory goes back to the system.
         """
         now_s = time.monotonic()
         if self._num_since_full and (is_idle or now_s - self._full_s > FULL_INTERVAL_S):

@@ -23,10 +23,10 @@ from text_generation_router.token_stream import FinishReason
 from text_generation_router.valid_request import ValidRequest
 from text_generation_router.waiting_queue import WaitingQueue
 
-# A step that long contexts cut short ends at a whole part of the budget: a GPU rounds up to such sizes.
+# Beside decodes a step ends at a whole part of the budget: a GPU rounds up to such sizes.
 NUM_BUDGET_PARTS = 4
-# Beside decodes a step's prompts have a part of the budget, but so many tokens at least, and so many more for each
-# decode. Their tokens are computed no faster in longer steps, and in each step every decode gets a token.
+# Beside decodes the prompts of a step have so many tokens, and so many more for each decode. In longer steps they are
+# computed no faster, and in each step every decode gets a token.
 MIN_PROMPT_TOKENS = 512
 PROMPT_TOKENS_PER_DECODE = 4
 WATERMARK_SHARE = 0.01  # of all blocks, kept free at admission
@@ -237,7 +237,7 @@ class Scheduler:
             part = max(1, limit // NUM_BUDGET_PARTS)
             left_cost_tokens = max(0.0, limit - plan.num_decode_tokens - plan.prefill_cost_tokens)
             num_parts = round((num_tokens + left_cost_tokens / self._token_cost(num_context_tokens)) / part)
-            most_tokens = max(MIN_PROMPT_TOKENS, part) + (1 + PROMPT_TOKENS_PER_DECODE) * plan.num_decode_tokens
+            most_tokens = MIN_PROMPT_TOKENS + (1 + PROMPT_TOKENS_PER_DECODE) * plan.num_decode_tokens
             num_parts = min(num_parts, -(-most_tokens // part))
             if not plan.num_prefill_tokens:
                 num_parts = max(num_parts, round(num_tokens / part) + 1)

@@ -53,7 +53,7 @@ def test_every_entry_can_be_launched():
     for (operation, kind), entry in SETTINGS.items():
         assert kind in GPU_CLASSES or kind == "default", operation
         assert entry["num_warps"] in (1, 2, 4, 8, 16, 32), operation
-        assert 1 <= entry["STAGES" if "STAGES" in entry else "num_stages"] <= 8, operation
+        assert 1 <= entry["num_stages"] <= 8, operation
         if kind != "default":
             assert entry.keys() ^ settings_of_default(operation).keys() <= {"maxnreg"}
 

@@ -78,6 +78,8 @@ class CompiledKernel:
         names = self.kernel.arg_names
         constants = {name: value for name, value in entry.items() if name in names}
         options = {name: value for name, value in entry.items() if name.islower()}
+        if self.is_hopper:
+            constants["STAGES"] = entry["num_stages"]
         if "EARLY" in names:
             constants["EARLY"] = options["launch_pdl"] = capability >= 90 and self.is_early
         return options, self.constants | constants

@@ -60,8 +60,8 @@ def tune(candidates: list[Settings], cases: Iterator[Case], bench: Bench, limit_
         name = f"{operation}/{shape}" if shape else operation
         yield f"# {name}: {len(by_candidate)} candidates"
         for score, text in ranked(by_candidate)[:3]:
-            base = {key: value for key, value in current(operation, shape, bench).items() if key.islower()}
-            yield f"({name!r}, {gpu_class(gpu_of(bench.device))!r}): {base | by_text[text]},  # {score:.3f} of the best"
+            entry = current(operation, shape, bench) | by_text[text]
+            yield f"({name!r}, {gpu_class(gpu_of(bench.device))!r}): {entry},  # {score:.3f} of the best"
 
 
 def ranked(by_candidate: dict[str, list[float]]) -> list[tuple[float, str]]:
