@@ -80,15 +80,13 @@ class Worker:
         self._process = process
         self._requests, self._answers = requests, answers
 
-    @classmethod
-    async def start(cls, tokens: Sequence[bytes]) -> "Worker":
+    @staticmethod
+    async def start(tokens: Sequence[bytes]) -> "Worker":
         """A process that has its tokens loaded; raises WorkerDied."""
         try:
-            process, connection = _spawn()
+            worker = await _connect()
         except OSError as error:
             raise WorkerDied(error.strerror) from error
-        answers, requests = await asyncio.open_unix_connection(sock=connection)
-        worker = cls(process, requests, answers)
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 await worker.ask(*tokens)
@@ -124,21 +122,27 @@ class Worker:
         await asyncio.to_thread(self._process.wait)
 
 
-def _spawn() -> "tuple[subprocess.Popen[bytes], socket.socket]":
-    """A process and our end of the connection that is its standard input and output.
+async def _connect() -> Worker:
+    """A process, connected, that has no tokens yet; raises OSError."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # Before the process is started: who is cancelled here leaves none behind, and the event loop closes `ours`.
+        answers, requests = await asyncio.open_unix_connection(sock=ours)
+        try:
+            return Worker(_spawn(theirs), requests, answers)
+        except OSError:
+            requests.close()
+            raise
+
+
+def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
+    """A process whose standard input and output are this connection; raises OSError.
 
     Started by vfork, in less than a millisecond. The event loop's own way is fork: this process stands still while its
     page table is copied, and pays a page fault for the first write to each of its pages afterwards.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _QUIET
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            process = subprocess.Popen(_COMMAND, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment)
-        except OSError:
-            ours.close()
-            raise
-    return process, ours
+    return subprocess.Popen(_COMMAND, stdin=connection.fileno(), stdout=connection.fileno(), env=environment)
 
 
 class GrammarCompiler:

@@ -33,9 +33,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next frame; None at the end of the stream."""
+    """The next frame; None if the stream ends before the frame does."""
     header = stream.read(LENGTH_BYTES)
-    return stream.read(int.from_bytes(header)) if len(header) == LENGTH_BYTES else None
+    length = int.from_bytes(header)
+    content = stream.read(length)
+    return content if len(header) == LENGTH_BYTES and len(content) == length else None
 
 
 def answer(tokens: TokenTable, request: bytes) -> bytes:
@@ -82,7 +84,9 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    lengths, joined, eos_token_ids = (read_frame(requests) or b"" for _ in range(3))
+    lengths, joined, eos_token_ids = (read_frame(requests) for _ in range(3))
+    if lengths is None or joined is None or eos_token_ids is None:
+        return
     tokens = TokenTable(unpack_strings(lengths, joined), unpack_int32(eos_token_ids).tolist())
     _limit_memory()
     os.nice(NICENESS)

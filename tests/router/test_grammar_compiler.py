@@ -22,6 +22,7 @@ from text_generation_router.grammar_compiler import (
     Outcome,
     OutcomeCache,
 )
+from text_generation_router.grammar_frames import frame
 from text_generation_router.schema_checks import RefusedGrammar
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b'{"', b"abc", b""]
@@ -53,6 +54,35 @@ def with_compiler(test, starts: bool = True) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the router runs it
         runner.run(run())
+
+
+def test_processes_whose_start_is_cancelled_are_ended_and_waited_for(monkeypatch, capfd):
+    processes, spawn = [], subprocess.Popen
+
+    def spawn_and_note(*arguments, **options):
+        processes.append(spawn(*arguments, **options))
+        return processes[-1]
+
+    async def close_after(num_passes: int) -> None:
+        compiler = GrammarCompiler(TOKENS, [EOS], Shard().prepare)
+        compiler.start()
+        for _ in range(num_passes):
+            await asyncio.sleep(0)
+        await compiler.close()
+        assert all(process.returncode is not None for process in processes)
+
+    monkeypatch.setattr(subprocess, "Popen", spawn_and_note)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for num_passes in range(8):
+            runner.run(close_after(num_passes))
+    assert processes  # the later passes come after the start of one
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("received", [b"", frame(b"abc") * 2, frame(b"abc") * 2 + frame(b"abc")[:-1]])
+def test_a_process_without_all_its_tokens_ends_quietly(received):
+    ended = subprocess.run(grammar_compiler._COMMAND, input=received, capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
 
 def multiple_of(number: int) -> Grammar:
