@@ -89,8 +89,8 @@ def _completions_body(request: LoadRequest, model: str) -> dict[str, Any]:
 def _read_completions(record: Record, event: dict[str, Any]) -> bool:
     usage = event.get("usage")
     if usage:
-        record.num_tokens = usage["completion_tokens"]
-        record.num_prompt_tokens = usage["prompt_tokens"]
+        record.num_tokens = int(usage["completion_tokens"])
+        record.num_prompt_tokens = int(usage["prompt_tokens"])
     return bool(event.get("choices"))
 
 
@@ -104,8 +104,8 @@ def _generate_body(request: LoadRequest, model: str) -> dict[str, Any]:
 def _read_generate(record: Record, event: dict[str, Any]) -> bool:
     details = event.get("details")
     if details:
-        record.num_tokens = details["generated_tokens"]
-        record.num_prompt_tokens = details.get("input_length", 0)
+        record.num_tokens = int(details["generated_tokens"])
+        record.num_prompt_tokens = int(details.get("input_length", 0))
     return "token" in event
 
 
@@ -117,8 +117,13 @@ ROUTES = {
 
 def prepare(target: Target, requests: Sequence[LoadRequest]) -> list[Call]:
     """Render all requests; raises ValueError for a target or a prompt that the route cannot have."""
-    route, url = ROUTES[target.route], urlsplit(target.url)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    route = ROUTES[target.route]
+    try:
+        url = urlsplit(target.url)
+        is_address = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets or a port that cannot be
+        is_address = False
+    if not is_address:
         raise ValueError(f"no address of a server: {target.url!r}")
     head = f"POST {url.path.rstrip('/')}{route.path} HTTP/1.1\r\nHost: {url.netloc}\r\n"
     if target.api_key is not None:
@@ -158,7 +163,9 @@ class StreamClient:
         record.start_ns = time.monotonic_ns()
         try:
             connection = await self._connection()
-            await connection.exchange(call.message, answer.take)
+            status = await connection.exchange(call.message, answer.take)
+            if status != HTTP_OK:
+                record.error = f"HTTP {status}: {answer.refusal or 'no body'}"[:MAX_ERROR_CHARACTERS]
             if connection.is_open and not self._new_connections:
                 self._idle.append(connection)
             else:
@@ -189,12 +196,15 @@ class _Answer:
         self._rest = b""
         self._refusal = b""
 
+    @property
+    def refusal(self) -> str:
+        """The body of an answer that is no stream."""
+        return self._refusal.decode(errors="replace")
+
     def take(self, status: int, part: bytes, now_ns: int) -> None:
         """A part of the body."""
         if status != HTTP_OK:
             self._refusal += part
-            text = self._refusal.decode(errors="replace")
-            self._record.error = f"HTTP {status}: {text[:MAX_ERROR_CHARACTERS]}"
             return
         lines = (self._rest + part).split(b"\n")
         self._rest = lines.pop()
@@ -207,6 +217,8 @@ class _Answer:
         if data == b"[DONE]":
             return
         record, event = self._record, orjson.loads(data)
+        if not isinstance(event, dict):
+            raise ValueError(f"an event that is no object: {data.decode()}")
         if event.get("error"):
             record.error = f"in the stream: {event['error']}"[:MAX_ERROR_CHARACTERS]
         elif self._read(record, event):

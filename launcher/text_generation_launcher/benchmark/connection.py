@@ -4,12 +4,16 @@ Lean, because client and server share a machine: what it does to a part happens 
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-HEAD_END = b"\r\n\r\n"
+LINE_END, HEAD_END = b"\r\n", b"\r\n\r\n"
+STATUS_LINE = re.compile(rb"HTTP/1\.(\d) (\d{3})\b")
+HEX_DIGITS = b"0123456789abcdefABCDEF"
+STATUSES_WITHOUT_BODY = (204, 304)
 
 # Takes a part of an answer's body, with the answer's status and when the part was read, monotonic nanoseconds.
 TakePart = Callable[[int, bytes, int], None]
@@ -31,16 +35,19 @@ class Head:
     @classmethod
     def parse(cls, text: bytes) -> "Head":
         """Read everything before the empty line; raises BrokenAnswer."""
-        status_line, *lines = text.split(b"\r\n")
-        fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
-        try:
-            status, length = int(status_line.split(maxsplit=2)[1]), fields.get(b"content-length")
-            is_chunked = fields.get(b"transfer-encoding", b"").lower() == b"chunked"
-            num_bytes = None if is_chunked or length is None else int(length)
-        except (ValueError, IndexError):
-            raise BrokenAnswer(f"not an answer of HTTP: {text[:100]!r}") from None
-        is_last = fields.get(b"connection", b"").lower() == b"close" or (num_bytes is None and not is_chunked)
-        return cls(status, is_chunked, num_bytes, is_last)
+        status_line, *lines = text.split(LINE_END)
+        fields = [(name.lower(), value.strip().lower()) for name, _, value in (line.partition(b":") for line in lines)]
+        values, matched = dict(fields), STATUS_LINE.match(status_line)
+        length = values.get(b"content-length")
+        if matched is None or (length is not None and not length.isdigit()):
+            raise BrokenAnswer(f"not an answer of HTTP: {text[:100]!r}")
+        status, is_chunked = int(matched[2]), values.get(b"transfer-encoding") == b"chunked"
+        num_bytes = None if is_chunked or length is None else int(length)
+        if status in STATUSES_WITHOUT_BODY:
+            is_chunked, num_bytes = False, 0
+        options = {option.strip() for name, value in fields if name == b"connection" for option in value.split(b",")}
+        is_last = b"close" in options or (matched[1] == b"0" and b"keep-alive" not in options)
+        return cls(status, is_chunked, num_bytes, is_last or (num_bytes is None and not is_chunked))
 
 
 class Connection(asyncio.Protocol):
@@ -50,15 +57,17 @@ class Connection(asyncio.Protocol):
         self._silence_timeout_s = silence_timeout_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._bytes = b""  # read, not used yet
+        self._bytes, self._position = b"", 0  # read, and used up to there
         self._head: Head | None = None
         self._take: TakePart | None = None
-        self._done: asyncio.Future[None] | None = None  # of the request that is open
+        self._done: asyncio.Future[int] | None = None  # the status, of the request that is open
         self._last_read_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    async def exchange(self, message: bytes, take: TakePart) -> None:
-        """Send a request, and return once its answer is complete; raises OSError and what `take` raises.
+    async def exchange(self, message: bytes, take: TakePart) -> int:
+        """Send a request, and return its answer's status once that is complete.
+
+        Raises OSError (TimeoutError for a silent server), BrokenAnswer, and what `take` raises.
 
         The first byte is written before anything is awaited.
         """
@@ -67,7 +76,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(message)
         self._timer = self._loop.call_later(self._silence_timeout_s, self._check_silence)
         try:
-            await self._done
+            return await self._done
         except BaseException:
             self.close()
             raise
@@ -91,8 +100,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed: the end of an answer that has no other."""
-        if self._head is not None and self._head.num_bytes is None and not self._head.is_chunked:
-            self._end()
+        head = self._head
+        if exc is None and head is not None and head.num_bytes is None and not head.is_chunked:
+            self._end(head)
         else:
             self._fail(exc or ConnectionResetError("the server closed the connection"))
 
@@ -100,9 +110,9 @@ class Connection(asyncio.Protocol):
         """Something came."""
         now_ns = time.monotonic_ns()
         self._last_read_s = self._loop.time()
-        self._bytes = self._bytes + data if self._bytes else data
+        self._bytes, self._position = self._bytes[self._position :] + data, 0
         try:
-            while self._bytes and self._read_on(now_ns):
+            while self._position < len(self._bytes) and self._read_on(now_ns):
                 pass
         except Exception as error:
             self._fail(error)
@@ -117,55 +127,61 @@ class Connection(asyncio.Protocol):
             return self._read_head()
         if head.is_chunked:
             return self._read_chunk(head, self._take, now_ns)
+        start = self._position
         if head.num_bytes is None:
-            part, self._bytes = self._bytes, b""
-            self._take(head.status, part, now_ns)
+            self._position = len(self._bytes)
+            self._take(head.status, self._bytes[start:], now_ns)
             return False
-        part, self._bytes = self._bytes[: head.num_bytes], self._bytes[head.num_bytes :]
-        head.num_bytes -= len(part)
-        self._take(head.status, part, now_ns)
+        self._position = min(start + head.num_bytes, len(self._bytes))
+        head.num_bytes -= self._position - start
+        self._take(head.status, self._bytes[start : self._position], now_ns)
         if not head.num_bytes:
-            self._end()
+            self._end(head)
         return True
 
     def _read_head(self) -> bool:
-        text, end, rest = self._bytes.partition(HEAD_END)
-        if not end:
+        end = self._bytes.find(HEAD_END, self._position)
+        if end < 0:
             return False
-        self._bytes, head = rest, Head.parse(text)
+        head = Head.parse(self._bytes[self._position : end])
+        self._position = end + len(HEAD_END)
         if head.status >= 200:  # those before it only say that the answer will come
             self._head = head
             if head.num_bytes == 0:
-                self._end()
+                self._end(head)
         return True
 
     def _read_chunk(self, head: Head, take: TakePart, now_ns: int) -> bool:
-        line, end, rest = self._bytes.partition(b"\r\n")
-        if not end:
+        line_end = self._bytes.find(LINE_END, self._position)
+        if line_end < 0:
             return False
-        try:
-            size = int(line.partition(b";")[0], 16)
-        except ValueError:
-            raise BrokenAnswer(f"not the size of a chunk: {line[:100]!r}") from None
+        digits = self._bytes[self._position : line_end].partition(b";")[0].rstrip()
+        if not digits or digits.strip(HEX_DIGITS):
+            raise BrokenAnswer(f"not the size of a chunk: {digits[:100]!r}")
+        size = int(digits, 16)
         if not size:
-            # Nobody sends trailers: the empty line follows.
-            if len(rest) < 2:
+            end = self._bytes.find(HEAD_END, line_end)  # behind trailers, if there are any
+            if end < 0:
                 return False
-            self._bytes = rest[2:]
-            self._end()
+            self._position = end + len(HEAD_END)
+            self._end(head)
             return True
-        if len(rest) < size + 2:
+        start = line_end + len(LINE_END)
+        end = start + size
+        if len(self._bytes) < end + len(LINE_END):
             return False
-        self._bytes = rest[size + 2 :]
-        take(head.status, rest[:size], now_ns)
+        if not self._bytes.startswith(LINE_END, end):
+            raise BrokenAnswer(f"not the end of a chunk: {self._bytes[end : end + 100]!r}")
+        self._position = end + len(LINE_END)
+        take(head.status, self._bytes[start:end], now_ns)
         return True
 
-    def _end(self) -> None:
+    def _end(self, head: Head) -> None:
         """The answer is complete."""
-        is_last, self._head = self._head is not None and self._head.is_last, None
+        self._head = None
         if self._done is not None and not self._done.done():
-            self._done.set_result(None)
-        if is_last:
+            self._done.set_result(head.status)
+        if head.is_last:
             self.close()
 
     def _fail(self, error: Exception) -> None:

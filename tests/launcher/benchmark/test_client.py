@@ -1,11 +1,12 @@
 """The load client against a scripted server: what is sent, what is counted, what counts as a failure."""
 
+import asyncio
 import re
 import time
 from itertools import pairwise
 
 import pytest
-from text_generation_launcher.benchmark.client import Record, Target, prepare
+from text_generation_launcher.benchmark.client import Record, StreamClient, Target, prepare
 from text_generation_launcher.benchmark.load import CONSTANT, Pace, run_load
 from text_generation_launcher.benchmark.progress import Progress, describe
 from text_generation_launcher.benchmark.request_sets import LoadRequest
@@ -90,6 +91,63 @@ def test_a_failed_request_says_why_and_the_others_go_on(server, route, act, reas
     assert [record.is_good for record in records] == [True, False, True]
     assert not records[1].is_short
     assert re.search(reason, records[1].error)
+
+
+MANY = b'{"usage": {"completion_tokens": "many", "prompt_tokens": 1}}'
+
+
+class OneAnswer(asyncio.Protocol):
+    """A server's connection that answers every read with the same bytes; `ended` is set once it is closed."""
+
+    def __init__(self, answer: bytes, ended: asyncio.Event) -> None:
+        self._answer, self._ended = answer, ended
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(self._answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ended.set()
+
+
+def answered_by(answer: bytes) -> Record:
+    """What becomes of one call that a server answers by these bytes, and then leaves the connection open."""
+
+    async def run() -> Record:
+        ended = asyncio.Event()
+        server = await asyncio.get_running_loop().create_server(lambda: OneAnswer(answer, ended), "127.0.0.1", 0)
+        target, record = Target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), Record(1)
+        async with server:
+            async with StreamClient(target) as client:
+                await client.send(prepare(target, [LoadRequest("a", 1)])[0], record)
+            await ended.wait()
+        return record
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("body", [b"Content-Length: 0\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"])
+def test_a_refusal_without_a_body_has_its_status(body):
+    assert answered_by(b"HTTP/1.1 503 Service Unavailable\r\n" + body).error == "HTTP 503: no body"
+
+
+@pytest.mark.parametrize(
+    "event", [b"[]", b"1", b'"text"', b"null", b"{", b'{"usage": [1]}', b'{"usage": {"a": 1}}', MANY]
+)
+def test_an_event_of_another_kind_is_an_error_of_its_request(event):
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(event) + 8)
+    record = answered_by(head + b"data: %b\n\n" % event)
+    assert re.match("(ValueError|JSONDecodeError|TypeError|KeyError): ", record.error)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:80", "ftp://host", "http://", "http://[::1", "http://h:99999", "http://h:x", "http://h:0"]
+)
+def test_a_url_that_is_no_address_is_refused(url):
+    with pytest.raises(ValueError, match="no address of a server: .*" + re.escape(url)):
+        prepare(Target(url), [LoadRequest("a", 1)])
 
 
 def test_a_short_answer_is_no_good_one(server):
