@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 # A matcher at the beginning of a text takes 1 to 50 MB, most of them 1.
 MAX_GRAMMARS = 128
+MAX_FURTHER_MATCHERS = 64  # bounded apart: none pushes out a grammar that is ready
 
 
 class UnusableGrammar(ValueError):
@@ -25,7 +26,8 @@ class CompiledGrammars:
     """Matchers at the beginning of a text; the least recently used of them are forgotten.
 
     Copies of one matcher share its automaton, which grows as they go on, and a lock around it: two threads make their
-    masks one after the other. So a grammar that many sequences follow is compiled several times, by number.
+    masks one after the other. So a grammar that many sequences follow is compiled several times: number 0 before anyone
+    follows it, the further ones when they are asked for.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -33,10 +35,10 @@ class CompiledGrammars:
         self.vocab_size = vocab_size
         self.eos_token_ids: frozenset[int] = frozenset()
         self._tokens: TokenTable | None = None
-        self._matchers: OrderedDict[tuple[str, int], LLMatcher] = OrderedDict()  # by text and number
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._further: OrderedDict[tuple[str, int], Future[LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="further-grammars")
-        self._awaited: set[tuple[str, int]] = set()  # what the compiler will have
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="further-matchers")
 
     def load(self, token_bytes: Sequence[bytes], eos_token_ids: Sequence[int]) -> None:
         """Take the tokens in; ids beyond the logits' width cannot be sampled and are left out."""
@@ -52,30 +54,33 @@ class CompiledGrammars:
             self._tokens = TokenTable(tokens, ends)
             self.eos_token_ids = frozenset(ends)
             self._matchers.clear()
+            self._further.clear()
 
     def prepare(self, text: str) -> None:
         """Have a grammar ready; raises UnusableGrammar."""
-        self._matcher(text, 0)
+        self._matcher(text)
 
-    def matcher(self, text: str, number: int = 0) -> "LLMatcher":
-        """A matcher of one's own, at the beginning of a text; raises UnusableGrammar.
+    def matcher(self, text: str) -> "LLMatcher":
+        """A matcher of one's own, at the beginning of a text, a copy of number 0; raises UnusableGrammar."""
+        return self._matcher(text).deep_copy()
 
-        It shares its lock with those of the same number: until that has been compiled, with those of number 0.
-        """
-        if number and self._find(text, number) is None:
-            self._compile_later(text, number)
-            number = 0
-        return self._matcher(text, number).deep_copy()
-
-    def _find(self, text: str, number: int) -> "LLMatcher | None":
+    def further(self, text: str, number: int) -> "Future[LLMatcher]":
+        """The matcher of this number, from 1 on, of a grammar that is ready: to be copied once it is compiled."""
         with self._lock:
-            if (matcher := self._matchers.get((text, number))) is not None:
-                self._matchers.move_to_end((text, number))
-            return matcher
+            future = self._further.get((text, number))
+            if future is None:
+                assert self._tokens is not None
+                future = self._further[text, number] = self._compiler.submit(self._tokens.compile, text)
+                if len(self._further) > MAX_FURTHER_MATCHERS:
+                    self._further.popitem(last=False)
+            self._further.move_to_end((text, number))
+            return future
 
-    def _matcher(self, text: str, number: int) -> "LLMatcher":
-        if (matcher := self._find(text, number)) is not None:
-            return matcher
+    def _matcher(self, text: str) -> "LLMatcher":
+        with self._lock:
+            if (matcher := self._matchers.get(text)) is not None:
+                self._matchers.move_to_end(text)
+                return matcher
         if (tokens := self._tokens) is None:
             raise UnusableGrammar("the router has told no tokens")
         from text_generation_proto.matcher import InvalidGrammar
@@ -86,23 +91,7 @@ class CompiledGrammars:
             raise UnusableGrammar(str(error)) from None
         with self._lock:
             if tokens is self._tokens:
-                self._matchers[text, number] = matcher
+                self._matchers[text] = matcher
                 if len(self._matchers) > MAX_GRAMMARS:
                     self._matchers.popitem(last=False)
         return matcher
-
-    def _compile_later(self, text: str, number: int) -> None:
-        """Have a further matcher ready some time: it would hold up the masks of all who wait for it."""
-        with self._lock:
-            if (text, number) in self._awaited:
-                return
-            self._awaited.add((text, number))
-
-        def compile_now() -> None:
-            try:
-                self._matcher(text, number)
-            finally:
-                with self._lock:
-                    self._awaited.discard((text, number))
-
-        self._compiler.submit(compile_now)

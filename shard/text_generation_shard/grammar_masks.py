@@ -8,11 +8,10 @@ import heapq
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,13 +36,19 @@ _NO_TOKENS = 0
 
 @dataclass(slots=True, eq=False)
 class _Follower:
-    """A sequence on its way through its grammar. What is not `slot` and `ready` belongs to the thread."""
+    """A sequence on its way through its grammar. `uses` and `ready` belong to the step thread.
+
+    What has no default never changes; the rest belongs to the masks' thread.
+    """
 
     sequence_id: int
     slot: int  # its row of the masks
     text: str
-    number: int  # of the compiled matcher that its own is a copy of
+    number: int  # of the compiled matcher that its own is to be a copy of
+    uses: Counter[int]  # by number, of all that follow the grammar
     matcher: "LLMatcher | None" = None
+    further: "Future[LLMatcher] | None" = None  # while its own is a copy of number 0, not of this one
+    tokens: list[int] = field(default_factory=list)  # what its matcher has consumed
     has_ended: bool = False  # EOS was sampled; a step under way may still run the sequence, for nothing
     failure: str | None = None
     ready: "Future[None]" = field(default_factory=Future)
@@ -52,6 +57,11 @@ class _Follower:
     def is_open(self) -> bool:
         """Whether its next tokens are its grammar's to say."""
         return self.failure is None and not self.has_ended
+
+    @property
+    def lock(self) -> int:
+        """The number of the matcher that its own shares a lock with."""
+        return self.number if self.further is None else 0
 
 
 class StepMasks:
@@ -80,6 +90,7 @@ class GrammarMasks:
     def __init__(self, grammars: CompiledGrammars, max_num_sequences: int) -> None:
         self._grammars = grammars
         self._followers: dict[int, _Follower] = {}  # by sequence id
+        self._uses: defaultdict[str, Counter[int]] = defaultdict(Counter)  # of a grammar's matchers, by number
         self._free_slots = list(range(max_num_sequences))  # a heap: low ones first
         self._masks: Int32Array = np.zeros((max_num_sequences, num_words(grammars.vocab_size)), np.int32)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
@@ -89,14 +100,13 @@ class GrammarMasks:
 
     def add(self, sequence_id: int, text: str, generated: Int32Array) -> None:
         """Follow a sequence that has generated these tokens so far."""
-        follower = _Follower(sequence_id, heapq.heappop(self._free_slots), text, self._least_used(text))
+        uses = self._uses[text]
+        num_matchers = min(self._num_threads, 1 + uses.total() // FOLLOWERS_PER_MATCHER)
+        number = min(range(num_matchers), key=uses.__getitem__)
+        uses[number] += 1
+        follower = _Follower(sequence_id, heapq.heappop(self._free_slots), text, number, uses)
         self._followers[sequence_id] = follower
         follower.ready = self._thread.submit(self._work, [follower], self._begin, follower, generated.tolist())
-
-    def _least_used(self, text: str) -> int:
-        """The number of the matcher of a grammar that the next one to follow it copies."""
-        uses = Counter(follower.number for follower in self._followers.values() if follower.text == text)
-        return min(range(min(self._num_threads, 1 + uses.total() // FOLLOWERS_PER_MATCHER)), key=uses.__getitem__)
 
     def remove(self, sequence_ids: Sequence[int]) -> None:
         """Forget sequences, those without a grammar too."""
@@ -104,6 +114,9 @@ class GrammarMasks:
             if (follower := self._followers.pop(sequence_id, None)) is not None:
                 # What the thread still does for it comes before what it will do for the slot's next owner.
                 heapq.heappush(self._free_slots, follower.slot)
+                follower.uses[follower.number] -= 1
+                if not follower.uses.total():
+                    del self._uses[follower.text]
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -161,13 +174,25 @@ class GrammarMasks:
 
     def _begin(self, follower: _Follower, generated: list[int]) -> None:
         try:
-            follower.matcher = self._grammars.matcher(follower.text, follower.number)
+            follower.matcher = self._grammars.matcher(follower.text)
         except UnusableGrammar as error:
             follower.failure = f"the grammar cannot be followed: {error}"
         else:
+            if follower.number:
+                follower.further = self._grammars.further(follower.text, follower.number)
+                self._copy_further(follower)
+            follower.tokens = generated
             if generated and not follower.matcher.consume_tokens(generated):
                 self._fail(follower, follower.matcher)
         self._fill([follower])
+
+    def _copy_further(self, follower: _Follower) -> None:
+        """Go on with a copy of the follower's own number once that is compiled."""
+        further = follower.further
+        if further is not None and further.done() and further.exception() is None:
+            matcher = further.result().deep_copy()
+            if matcher.consume_tokens(follower.tokens):
+                follower.matcher, follower.further = matcher, None
 
     def _advance(self, steps: list[tuple[_Follower, int]]) -> None:
         moving = []
@@ -178,8 +203,11 @@ class GrammarMasks:
                 moving.append((follower, follower.matcher, token_id))
         pairs = [(matcher, token_id) for _, matcher, token_id in moving]
         accepted = self._pool.consume_token_par(pairs) if pairs else []
-        for (follower, matcher, _), is_accepted in zip(moving, accepted, strict=True):
-            if not is_accepted:
+        for (follower, matcher, token_id), is_accepted in zip(moving, accepted, strict=True):
+            if is_accepted:
+                follower.tokens.append(token_id)
+                self._copy_further(follower)
+            else:
                 self._fail(follower, matcher)
         self._fill([follower for follower, _ in steps])
 
@@ -187,7 +215,7 @@ class GrammarMasks:
         """Make the masks of the next tokens."""
         open_ones = []
         # The threads divide the list in pieces: those that share a lock stand together.
-        for follower in sorted(followers, key=attrgetter("number")):
+        for follower in sorted(followers, key=lambda follower: follower.lock):
             if follower.is_open and follower.matcher is not None:
                 open_ones.append((follower, follower.matcher))
             else:

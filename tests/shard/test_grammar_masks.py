@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 from text_generation_kernels.token_masks import NO_MASK, num_words
 from text_generation_proto.matcher import TokenTable
 from text_generation_shard.compiled_grammars import CompiledGrammars, UnusableGrammar
@@ -247,14 +247,100 @@ def test_a_grammar_of_many_is_compiled_for_each_thread(
     assert compilations.num_begun == num_compiled
 
 
-def test_a_matcher_that_is_not_compiled_yet_holds_nobody_up(compilations: Compilations) -> None:
+class Locks:
+    """Notes which compiled matcher each mask's is a copy of, by the order of compilation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_masks: list[int] = []  # of the masks made last, in the order that the threads divide
+        self._numbers: dict[int, int] = {}  # by id
+        self._copies: list[LLMatcher] = []  # so that no id is used again
+        self._num_compiled = 0
+        compile_now, executor = TokenTable.compile, LLExecutor
+        locks = self
+
+        class Compiled:
+            def __init__(self, tokens: TokenTable, text: str) -> None:
+                self._matcher = compile_now(tokens, text)
+                self._number = locks._num_compiled
+                locks._num_compiled += 1
+
+            def deep_copy(self) -> LLMatcher:
+                locks._copies.append(copy := self._matcher.deep_copy())
+                locks._numbers[id(copy)] = self._number
+                return copy
+
+        class Executor:
+            def __init__(self, num_threads: int) -> None:
+                self.consume_token_par = (executor_of := executor(num_threads)).consume_token_par
+                self._compute = executor_of.unsafe_compute_mask_ptr
+
+            def unsafe_compute_mask_ptr(self, pairs: list[tuple[LLMatcher, int]], *memory: int) -> None:
+                locks.of_masks = [locks._numbers[id(matcher)] for matcher, _ in pairs]
+                self._compute(pairs, *memory)
+
+        monkeypatch.setattr(TokenTable, "compile", lambda tokens, text: Compiled(tokens, text))
+        monkeypatch.setattr("llguidance.LLExecutor", Executor)
+
+
+def test_followers_who_come_at_once_go_over_to_matchers_compiled_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for these; their copies go on where the sequences are, and stand together by their lock."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    locks = Locks(monkeypatch)
+    compilations = Compilations(monkeypatch)
     compiled = CompiledGrammars(VOCAB_SIZE)
     compiled.load(TOKENS, EOS_TOKENS)
-    compiled.prepare(regex("ab"))
-    for _ in range(3):
-        matcher = compiled.matcher(regex("ab"), 1)
-        assert matcher.consume_tokens([ord("a"), ord("b")])
-        assert matcher.is_accepting()
+    masks = GrammarMasks(compiled, 64)
+    numbers, pattern, text = range(64), "(ab|a1)2*", ""
+    for number in numbers:
+        masks.add(number, regex(pattern), ints())
+    for token in "ab":
+        assert allowed(masks, *numbers) == [continuations(pattern, text)] * 64
+        accept(masks, dict.fromkeys(numbers, ord(token)))
+        text += token
+    assert allowed(masks, *numbers) == [continuations(pattern, text)] * 64
+    assert locks.of_masks == [0] * 64
     compilations.may_go_on.set()
-    compilations.wait_for(2)
-    assert compilations.num_begun == 2
+    for number in range(1, 8):
+        compiled.further(regex(pattern), number).result(60)
+    accept(masks, dict.fromkeys(numbers, ord("2")))
+    assert allowed(masks, *numbers) == [continuations(pattern, "ab2")] * 64
+    assert locks.of_masks == [lock for lock in range(8) for _ in range(8)]
+
+
+def test_a_grammar_that_is_ready_stays_so_whatever_else_is_compiled_for_many(
+    monkeypatch: pytest.MonkeyPatch, compilations: Compilations
+) -> None:
+    monkeypatch.setattr("text_generation_shard.compiled_grammars.MAX_GRAMMARS", 2)
+    monkeypatch.setattr("text_generation_shard.compiled_grammars.MAX_FURTHER_MATCHERS", 3)
+    compilations.may_go_on.set()
+    compiled = CompiledGrammars(VOCAB_SIZE)
+    compiled.load(TOKENS, EOS_TOKENS)
+    for pattern in "ab":
+        compiled.prepare(regex(pattern))
+    for number in (1, 2, 3, 1, 4, 3):
+        assert compiled.further(regex("b"), number).result().deep_copy().consume_tokens([ord("b")])
+    assert compilations.num_begun == 6
+    compiled.matcher(regex("a"))
+    compiled.further(regex("b"), 1).result()
+    assert compilations.num_begun == 6
+    compiled.further(regex("b"), 2).result()
+    assert compilations.num_begun == 7
+
+
+def test_a_long_grammar_is_not_compared_with_that_of_each_other_sequence(grammars: CompiledGrammars) -> None:
+    comparisons = []
+
+    class Text(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            comparisons.append(other)
+            return super().__eq__(other)
+
+    masks = GrammarMasks(grammars, 50)
+    for number in range(50):
+        masks.add(number, Text(regex("ab")), ints())
+    assert allowed(masks, *range(50)) == [continuations("ab", "")] * 50
+    masks.remove([*range(50)])
+    assert len(comparisons) <= 50 * 6
