@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from text_generation_kernels.rms_norm import rms_norm_on_cpu
-from text_generation_kernels.shared_prefix import find_shared_prefixes
+from text_generation_kernels.shared_prefix import find_shared_prefixes, worth_sharing
 
 # Sequences up to here are decoded in one product, padded to the longest; longer ones, with those up to twice as long.
 _SHORT_LENGTH = 256
@@ -154,21 +154,20 @@ class CpuAttentionPlan:
         # Of each sequence that begins as another does: how many keys, and the first sequence that begins so.
         prefix_lengths, owners = np.zeros_like(self.sequence_lengths), np.arange(len(query_lengths))
         if sliding_window is None:
-            groups = find_shared_prefixes(
+            for prefix in find_shared_prefixes(
                 self._block_tables, query_lengths, self.sequence_lengths, self._block_size, _MIN_SHARED_LENGTH
-            )
-            if sum(group.length * (len(group.sequences) - 1) for group in groups) >= _MIN_KEYS_SAVED:
-                for group in groups:
-                    is_alone[group.sequences] = False
-                    prefix_lengths[group.sequences] = group.length
-                    owners[group.sequences] = group.sequences[0]
-        shares = prefix_lengths > 0
-        for rows in (np.flatnonzero(shares), np.flatnonzero(is_alone)):
-            own_lengths = self.sequence_lengths[rows] - prefix_lengths[rows]
-            classes = np.ceil(np.log2(np.maximum(own_lengths, _SHORT_LENGTH)))
-            for length_class in np.unique(classes):
-                group = rows[classes == length_class]
+            ):
+                prefix_lengths[prefix.sequences] = prefix.length
+                owners[prefix.sequences] = prefix.sequences[0]
+        shares = np.flatnonzero(prefix_lengths)
+        for rows in _of_like_length(shares, self.sequence_lengths[shares] - prefix_lengths[shares]):
+            for places in worth_sharing(owners[rows], prefix_lengths[rows], _MIN_KEYS_SAVED):
+                group = rows[places]
+                is_alone[group] = False
                 yield self._decodes_together(group, prefix_lengths[group], owners[group], sliding_window)
+        alone = np.flatnonzero(is_alone)
+        for group in _of_like_length(alone, self.sequence_lengths[alone]):
+            yield self._decodes_together(group, np.zeros_like(prefix_lengths[group]), owners[group], sliding_window)
 
     def _decodes_together(
         self,
@@ -288,6 +287,12 @@ def cpu_attention(
     _rotate(qkv.view(num_tokens, -1, head_dim)[:, : num_heads + num_kv_heads], *plan.rotation(cos_sin_cache))
     plan.write(key_and_value, cache)
     return plan.attend(query, cache, scale, sliding_window).view(num_tokens, -1)
+
+
+def _of_like_length(rows: NDArray[np.int64], lengths: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
+    classes = np.ceil(np.log2(np.maximum(lengths, _SHORT_LENGTH)))
+    for length_class in np.unique(classes):
+        yield rows[classes == length_class]
 
 
 def _attention_with_sums(

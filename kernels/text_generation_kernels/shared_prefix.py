@@ -1,5 +1,6 @@
 """Finds decoding sequences whose block tables begin with the same blocks, so that attention reads those once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,3 +47,39 @@ def find_shared_prefixes(
         if common >= least:
             groups.append(SharedPrefix(members, common * block_size))
     return groups
+
+
+def worth_sharing(
+    owners: np.ndarray,  # [B] a number that sequences with the same prefix have in common
+    prefix_lengths: np.ndarray,  # [B]
+    min_keys_saved: int,  # by one product; about what it costs to have one more
+) -> Iterator[np.ndarray]:
+    """For each product that reads the prefixes of several sequences together: their places in B, in order.
+
+    Sequences whose prefixes are not worth it are in none.
+    """
+    _, first, prefix, counts = np.unique(owners, return_index=True, return_inverse=True, return_counts=True)
+    lengths = prefix_lengths[first]
+    products: list[tuple[list[int], int]] = []  # prefixes, and the keys that these save
+    for number in np.lexsort((counts, lengths)).tolist():
+        saved = _keys_saved(counts[[number]], lengths[[number]])
+        if products:
+            members, saved_before = products[-1]
+            together = [*members, number]
+            saved_together = _keys_saved(counts[together], lengths[together])
+            if saved_together >= saved_before + max(saved - min_keys_saved, 0):
+                products[-1] = together, saved_together
+                continue
+        products.append(([number], saved))
+    for members, saved in products:
+        if saved >= min_keys_saved:
+            yield np.flatnonzero(np.isin(prefix, members))
+
+
+def _keys_saved(counts: np.ndarray, lengths: np.ndarray) -> int:
+    """How many keys fewer are gathered and attended to if one product reads prefixes of so many sequences each.
+
+    It is padded to the longest and to the most sequences. A key is taken to cost a sequence as much as its gathering.
+    """
+    together = len(counts) * int(lengths.max()) * (1 + int(counts.max()))
+    return 2 * int(counts @ lengths) - together

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from text_generation_kernels import cpu_attention as cpu_attention_module
 from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
 
 BLOCK_SIZE, NUM_KV_HEADS, GROUP, HEAD_DIM = 4, 2, 3, 8
@@ -137,6 +138,53 @@ def test_a_short_common_beginning_is_read_by_each(monkeypatch: pytest.MonkeyPatc
     sequences.step({0: 1, 1: 1})
     assert prefixes
     assert not any(prefixes)
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_gathered"),
+    [
+        ([(8, 608)] * 4, 4 * 608),
+        ([(8, 608), (7, 600), (9, 612)] * 2, 6 * 612),
+        ([(2, 1600), *[(2, 128)] * 14], 1600 + 14 * 128),
+        ([(24, 128), *[(2, 128)] * 12], 128 + 24 * 128),
+        ([(2, 900), *[(2, 128)] * 3], 2 * 900 + 6 * 128),
+    ],
+)
+def test_common_beginnings_are_padded_for_no_more_than_they_save(
+    groups: list[tuple[int, int]], num_gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`groups`: how many sequences have how many keys in common; `num_gathered`: of these keys."""
+    sequences = Sequences([length + 8 for count, length in groups for _ in range(count)], torch.float32)
+    needed, row = 0, 0
+    for count, length in groups:
+        blocks = length // BLOCK_SIZE
+        sequences.tables[row : row + count, :blocks] = sequences.tables[row, :blocks]
+        sequences.lengths[row : row + count] = [length + 3] * count
+        needed += count * length
+        row += count
+    gathered, attended = noted_work(monkeypatch)
+    sequences.step(dict.fromkeys(range(row), 1))
+    assert sum(gathered) <= num_gathered + row * BLOCK_SIZE
+    assert sum(gathered) + sum(attended) <= 2 * (needed + row * BLOCK_SIZE)
+
+
+def noted_work(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Keys that are gathered from now on, and keys that queries attend to."""
+    gathered: list[int] = []
+    attended: list[int] = []
+    gather, attention = CpuAttentionPlan._gather, cpu_attention_module._attention_with_sums
+
+    def note_gathered(plan: CpuAttentionPlan, cache: torch.Tensor, blocks: torch.Tensor, batch: int) -> Any:
+        gathered.append(len(blocks) * BLOCK_SIZE)
+        return gather(plan, cache, blocks, batch)
+
+    def note_attended(query: torch.Tensor, key: torch.Tensor, *others: Any) -> Any:
+        attended.append(len(query) * query.shape[2] // GROUP * key.shape[2])
+        return attention(query, key, *others)
+
+    monkeypatch.setattr(CpuAttentionPlan, "_gather", note_gathered)
+    monkeypatch.setattr(cpu_attention_module, "_attention_with_sums", note_attended)
+    return gathered, attended
 
 
 def noted_prefixes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
