@@ -130,7 +130,7 @@ def _copy(
     within = places % BLOCK_SIZE if KEYS % BLOCK_SIZE == 0 else places
     keys_of_head = key_cache + head_base + (within * HEAD_DIM)[:, None] + dims[None, :]
     values_of_head = value_cache + head_base + (within * HEAD_DIM)[:, None] + dims[None, :]
-    count = 0
+    count = 0  # uses of stages so far
     for index in range(first_item, end_item):
         item = items + index * NUM_ITEM_COLUMNS
         table = block_tables + gl.load(item + 2).to(gl.int64) * table_stride
@@ -161,7 +161,6 @@ def _copy(
             start = _tile_start(turn + 1, key_start, full_start, full_end, KEYS, HAS_WINDOW)
             blocks = _blocks(table, start, key_end, places, BLOCK_SIZE)
             count += 1
-    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -209,7 +208,7 @@ def _compute(
     total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, total_layout, 2)
     score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
-    count = 0
+    count = 0  # uses of stages so far
     for index in range(first_item, end_item):
         item = items + index * NUM_ITEM_COLUMNS
         first_row = gl.load(item)
@@ -276,19 +275,19 @@ def _compute(
 
 @gluon.jit
 def _step(
-    count, total, weights, top, weight, q, positions, start, key_end, shared, scale, soft_cap, sliding_window,
+    use, total, weights, top, weight, q, positions, start, key_end, shared, scale, soft_cap, sliding_window,
     KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, HAS_WINDOW: gl.constexpr,
     HAS_SOFT_CAP: gl.constexpr,
 ):  # fmt: skip
     """The scores and exponentials of a tile, beside the product of those before it with their values."""
     k_tiles, v_tiles, ready, free = shared
-    stage = count % STAGES
-    mbarrier.wait(ready.index(stage), (count // STAGES) & 1)
+    stage = use % STAGES
+    mbarrier.wait(ready.index(stage), (use // STAGES) & 1)
     fence_async_shared()
     scores = _scores(q, k_tiles.index(stage))
     total = warpgroup_mma(weights, v_tiles.index(stage), total, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(free.index((count - 1) % STAGES))
+    mbarrier.arrive(free.index((use - 1) % STAGES))
     exponentials, top, weight, shrink = _softmax(
         scores, top, weight, positions, start, key_end, scale, soft_cap, sliding_window,
         MASKED, HAS_WINDOW, HAS_SOFT_CAP,
