@@ -3,7 +3,6 @@
 Shapes: T tokens of the step, B sequences, H query heads, KVH key/value heads, D head size, V vocabulary.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -107,15 +106,19 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+# Of the eight tokens of each byte of a mask: the largest logit that they may have.
+_LARGEST_LOGITS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 == 1, torch.inf, -torch.inf)
+
+
 def mask_tokens(logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tensor) -> None:
-    """Set the logits of tokens whose bit is 0 to -inf, in rows that have a mask."""
-    # [B, V], [M, ceil(V / 32)] int32, [B] int32; -1: no mask
+    """Set the logits of tokens whose bit is 0 to -inf, in rows that have a mask.
+
+    A CPU looks bytes up and takes the smaller numbers in a fifth of the time of a choice by booleans.
+    """  # [B, V], [M, ceil(V / 32)] int32, [B] int32; -1: no mask
     rows = (mask_rows >= 0).nonzero().squeeze(1)
-    words = masks[mask_rows[rows].long()].cpu().numpy().view(np.uint8)
-    bits = np.unpackbits(words, axis=1, count=logits.shape[1], bitorder="little")
-    is_allowed = torch.from_numpy(bits.view(np.bool_)).to(logits.device)
-    impossible = torch.tensor(float("-inf"), dtype=logits.dtype, device=logits.device)
+    octets = masks[mask_rows[rows].long()].view(torch.uint8).int()
+    largest = F.embedding(octets, _LARGEST_LOGITS.to(logits)).flatten(1)[:, : logits.shape[1]]
     if len(rows) == len(logits):
-        torch.where(is_allowed, logits, impossible, out=logits)
+        torch.minimum(logits, largest, out=logits)
     else:
-        logits[rows] = torch.where(is_allowed, logits[rows], impossible)
+        logits[rows] = torch.minimum(logits[rows], largest)

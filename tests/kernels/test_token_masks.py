@@ -19,12 +19,14 @@ def packed(allowed: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 33), (3, 5000), (4, 4096)])
-def test_excluded_tokens_become_impossible(num_rows, vocab_size, dtype, device):
+@pytest.mark.parametrize("has_free_row", [True, False])
+def test_excluded_tokens_become_impossible(num_rows, vocab_size, has_free_row, dtype, device):
     random = np.random.default_rng(vocab_size)
     allowed = random.random((num_rows + 1, vocab_size)) < 0.3
     logits = torch.from_numpy(random.normal(size=(num_rows, vocab_size))).to(device, dtype)
     mask_rows = random.permutation(num_rows + 1)[:num_rows].astype(np.int32)
-    mask_rows[num_rows // 2] = NO_MASK
+    if has_free_row:
+        mask_rows[num_rows // 2] = NO_MASK
     expected = logits.clone()
     for row, mask_row in enumerate(mask_rows):
         if mask_row != NO_MASK:
