@@ -11,11 +11,8 @@ import triton
 
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import HAS_GLUON, INTERPRETS, early_launch
+from text_generation_kernels.dispatch import INTERPRETS, early_launch
 from text_generation_kernels.side_stream import beside, join
-
-if HAS_GLUON:
-    from text_generation_kernels.hopper_attention import hopper_attention_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Partial results that one program of the merge reads at a time.
@@ -125,6 +122,9 @@ def _launch_items(
         "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": True,
     }  # fmt: skip
     if tile.is_hopper:
+        # Its import takes 50 ms, which no other device's start need spend.
+        from text_generation_kernels.hopper_attention import hopper_attention_kernel
+
         hopper_attention_kernel[grid](*tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages, **constants)
         return
     attention_items_kernel[grid](
