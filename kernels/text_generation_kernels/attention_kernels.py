@@ -7,7 +7,7 @@ matrix unit). Rows are tokens times the query heads of one key/value head, so ke
 import triton
 import triton.language as tl
 
-from text_generation_kernels.dispatch import wait_for_inputs
+from text_generation_kernels.dispatch import start_next, wait_for_inputs, wait_for_others
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(9)
@@ -43,11 +43,15 @@ def attention_items_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     SPLIT_MASK: tl.constexpr,  # walk the tiles that every row sees without a mask
-    MERGES: tl.constexpr,  # the last piece of a unit to arrive merges them; else a kernel that follows does
+    MERGES: tl.constexpr,  # the last piece of a unit to arrive merges them, where the item says so
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
+    BESIDE: tl.constexpr,  # runs beside the kernel ahead, whose inputs are its own
     EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
+    if BESIDE:
+        start_next(EARLY)
+    else:
+        wait_for_inputs(EARLY)
     # Neighbouring programs take the heads of the same blocks, which lie side by side in memory.
     worker = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -115,18 +119,21 @@ def attention_items_kernel(
             tl.store(partial_weight + lanes, log_weight, mask=is_row)
             if MERGES:
                 num_pieces = tl.load(item + 8)
-                arrival = arrivals + first_row * NUM_KV_HEADS + kv_head
-                # All threads have stored before one of them counts; the last piece sees what the others stored.
-                tl.debug_barrier()
-                if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
-                    tl.store(arrival, 0)
-                    result = _merge_pieces(
-                        partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
-                        NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, ROWS, PADDED_DIM,
-                    )  # fmt: skip
-                    tl.store(
-                        output + where[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=is_element
-                    )
+                if num_pieces > 0:
+                    arrival = arrivals + first_row * NUM_KV_HEADS + kv_head
+                    # All threads have stored before one of them counts; the last piece sees what the others stored.
+                    tl.debug_barrier()
+                    if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
+                        tl.store(arrival, 0)
+                        result = _merge_pieces(
+                            partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
+                            NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, ROWS, PADDED_DIM,
+                        )  # fmt: skip
+                        tl.store(
+                            output + where[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=is_element
+                        )
+    if BESIDE:
+        wait_for_others(EARLY)
 
 
 @triton.jit
@@ -269,8 +276,10 @@ def merge_partials_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     SLOTS: tl.constexpr,  # slots read in one loop turn
+    EARLY: tl.constexpr,
 ):
-    """Each head of each split token: the mean of its partial results by their weights, in the order of the slots."""
+    """Each head of each listed token: the mean of its partial results by their weights, in the order of the slots."""
+    wait_for_inputs(EARLY)
     dims = tl.arange(0, PADDED_DIM)
     is_dim = dims < HEAD_DIM
     for index in range(tl.program_id(0), tl.load(num_merged) * NUM_HEADS, tl.num_programs(0)):

@@ -22,10 +22,10 @@ FULL_START = 4  # every row sees every key of FULL_START … FULL_END - 1, which
 FULL_END = 5
 KEY_END = 6
 PIECE = 7  # added to a row's slot: where the item's partial result goes; -1: it is the whole result
-NUM_PIECES = 8  # of the unit
+NUM_PIECES = 8  # of the unit, if the narrow kernel is to merge them; else 0
 NUM_ITEM_COLUMNS = 9
 
-# Columns of a token whose partial results must be merged.
+# Columns of a token whose partial results are merged by the kernel that follows.
 NUM_MERGE_COLUMNS = 4  # token, first partial slot, number of slots, unused
 
 # Longer queries go to the wide kernel. Up to here reading a sequence's keys once for every few tokens, mostly from the

@@ -70,10 +70,11 @@ def plan_attention(
             cut = _cut(num_tiles, tile) if name == "narrow" else _deal(num_tiles, tile)
             pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
             cuts.append((name, tile, chosen, cut))
-    is_split = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
+    is_split, is_alone = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
+    num_pieces = np.where(is_alone, pieces, 0)
     tables = units.table if table_rows is None else table_rows[units.table]
     for name, tile, chosen, cut in cuts:
-        _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split, pieces)
+        _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split, num_pieces)
         layout.view(buffer, f"{name}_starts")[:] = cut.worker_starts
 
 
@@ -222,10 +223,11 @@ def _write_rows(
     tokens: np.ndarray,
     positions: np.ndarray,
     group_tokens: np.ndarray,
-) -> np.ndarray:
-    """Rows and merges; returns which units write partial results.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and merges; returns which units write partial results, and which of them the narrow kernel merges itself.
 
-    A token's partial results lie side by side: those of its own unit, then those of its shared prefix.
+    A token's partial results lie side by side: those of its own unit, then those of its shared prefix. Those of narrow
+    units whose tokens share no prefix are in no list of merges.
     """
     row_pieces = pieces.repeat(units.num_rows)  # rows lie in the order of the units
     own_pieces = row_pieces[: len(tokens)]
@@ -241,14 +243,18 @@ def _write_rows(
     row_slots = layout.view(buffer, "row_slots")
     row_slots[: len(tokens)] = slots
     row_slots[len(tokens) : num_rows] = slots[group_tokens] + own_pieces[group_tokens]
-    merged = num_slots.nonzero()[0]
+    has_group = np.zeros(len(tokens), dtype=bool)
+    has_group[group_tokens] = True
+    first_tokens = row_tokens[units.first_row]
+    is_alone = ~units.is_wide & ~has_group[first_tokens]
+    is_left = has_group | units.is_wide.repeat(units.num_rows)[: len(tokens)]
+    merged = (num_slots * is_left).nonzero()[0]
     layout.view(buffer, "num_merged")[0] = len(merged)
     table = layout.view(buffer, "merged")
     table[: len(merged), 0] = merged
     table[: len(merged), 1] = slots[merged]
     table[: len(merged), 2] = num_slots[merged]
-    is_split: np.ndarray = num_slots[row_tokens[units.first_row]] > 0
-    return is_split
+    return num_slots[first_tokens] > 0, is_alone
 
 
 def _write_items(
@@ -261,7 +267,7 @@ def _write_items(
     chosen: np.ndarray,  # the units of this kernel
     cut: _Cut,
     is_split: np.ndarray,  # of every unit
-    pieces: np.ndarray,  # of every unit
+    num_pieces: np.ndarray,  # of every unit, 0 where a kernel that follows merges them
 ) -> None:
     unit = chosen[cut.unit]
     key_start = units.key_start[unit] + cut.first_tile * tile.keys
@@ -274,7 +280,7 @@ def _write_items(
     piece = np.where(is_split[unit], cut.piece, -1)
     first_row, num_rows, table = units.first_row[unit], units.num_rows[unit], tables[unit]
     items = layout.view(buffer, f"{name}_items")
-    columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece, pieces[unit])
+    columns = (first_row, num_rows, table, key_start, full_start, full_end, key_end, piece, num_pieces[unit])
     for index, column in enumerate(columns):
         items[: len(unit), index] = column
 

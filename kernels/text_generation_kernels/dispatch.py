@@ -31,7 +31,7 @@ def launches_early(device: torch.device) -> bool:
 
 
 def early_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that calls `wait_for_inputs` with its parameter EARLY before it touches memory."""
+    """Launch options of a kernel that hands its parameter EARLY to `wait_for_inputs` before it touches memory."""
     is_early = launches_early(device)
     return {"EARLY": True, "launch_pdl": True} if is_early else {"EARLY": False}
 
@@ -42,3 +42,20 @@ def wait_for_inputs(EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def start_next(EARLY: tl.constexpr):
+    """Let the next kernel start, in one that is itself started early and reads only what the kernel ahead read.
+
+    That kernel waited for its inputs before it let this one start. `wait_for_others` must follow as the last thing.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_others(EARLY: tl.constexpr):
+    """Wait until the kernels ahead have ended, so that who waits for this one waits for them too."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()

@@ -49,6 +49,7 @@ def hopper_attention_kernel(
     STAGES: gl.constexpr,  # tiles of keys and of values in shared memory
     HAS_WINDOW: gl.constexpr,
     HAS_SOFT_CAP: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     gl.static_assert(gl.num_warps() == WARPS)
     dtype: gl.constexpr = query.dtype.element_ty
@@ -65,6 +66,7 @@ def hopper_attention_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=32 * WARPS)
         mbarrier.init(free.index(stage), count=2)
+    _wait_for_inputs(EARLY)
 
     shared = (k_tiles, v_tiles, ready, free)
     lists = (worker_starts, items, row_tokens, row_positions, row_slots)
@@ -97,6 +99,14 @@ def hopper_attention_kernel(
         [WARPS, WARPS],
         [COMPUTE_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
+
+
+@gluon.jit
+def _wait_for_inputs(EARLY: gl.constexpr):
+    """As `dispatch.wait_for_inputs`, for the whole program: its other warpgroups begin where this one has waited."""
+    if EARLY:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

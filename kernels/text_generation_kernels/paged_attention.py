@@ -11,7 +11,7 @@ import triton
 
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import INTERPRETS, early_launch
+from text_generation_kernels.dispatch import INTERPRETS, early_launch, launches_early
 from text_generation_kernels.side_stream import beside, join
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -78,17 +78,21 @@ def paged_attention(
         _launch_items("narrow", layout.narrow, *tensors, factors)
         return output
     # One waits for the matrix unit, the other for memory: side by side they take little more than the longer one.
-    with beside(query.device, "wide attention"):
+    if launches_early(query.device):  # on one stream: two that part and meet idle for some 14 us
         _launch_items("wide", layout.wide, *tensors, factors)
-    _launch_items("narrow", layout.narrow, *tensors, factors)
-    join(query.device, "wide attention")
+        _launch_items("narrow", layout.narrow, *tensors, factors)
+    else:
+        with beside(query.device, "wide attention"):
+            _launch_items("wide", layout.wide, *tensors, factors)
+        _launch_items("narrow", layout.narrow, *tensors, factors)
+        join(query.device, "wide attention")
     num_heads, head_dim = query.shape[1:]
     num_programs = min(layout.max_tokens * num_heads, 2 * layout.narrow.num_workers * workspace.num_kv_heads)
     merge_partials_kernel[(num_programs,)](
         workspace.section("num_merged"), workspace.section("merged"),
         workspace.partial_output, workspace.partial_weight, output,
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), SLOTS=MERGE_SLOTS,
-        num_warps=2, enable_fp_fusion=True,
+        num_warps=2, enable_fp_fusion=True, **early_launch(query.device),
     )  # fmt: skip
     return output
 
@@ -104,10 +108,8 @@ def _launch_items(
     output: torch.Tensor,
     factors: tuple[float, float, int],  # scale, soft cap or 0, sliding window or 0
 ) -> None:
-    num_kv_heads, head_dim = workspace.num_kv_heads, query.shape[2]
+    num_kv_heads, head_dim, is_wide = workspace.num_kv_heads, query.shape[2], name == "wide"
     _, soft_cap, sliding_window = factors
-    # Beside the wide kernel a token's pieces may be of both, and a kernel started early would have two to wait for.
-    merges = workspace.layout.wide is None
     grid = (tile.num_workers * num_kv_heads,)
     tensors = (
         query, key_cache, value_cache, block_tables,
@@ -125,12 +127,16 @@ def _launch_items(
         # Its import takes 50 ms, which no other device's start need spend.
         from text_generation_kernels.hopper_attention import hopper_attention_kernel
 
-        hopper_attention_kernel[grid](*tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages, **constants)
+        hopper_attention_kernel[grid](
+            *tensors, block_tables.stride(0), *factors, STAGES=tile.num_stages,
+            **early_launch(query.device), **constants,
+        )  # fmt: skip
         return
     attention_items_kernel[grid](
         *tensors, workspace.arrivals, block_tables.stride(0), *factors,
-        PADDED_DIM=triton.next_power_of_2(head_dim), SPLIT_MASK=name == "wide", MERGES=merges, WIDEN=INTERPRETS,
-        **(early_launch(query.device) if merges else {"EARLY": False}), **constants, num_stages=tile.num_stages,
+        PADDED_DIM=triton.next_power_of_2(head_dim), SPLIT_MASK=is_wide, MERGES=not is_wide, WIDEN=INTERPRETS,
+        BESIDE=not is_wide and workspace.layout.wide is not None,
+        **early_launch(query.device), **constants, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

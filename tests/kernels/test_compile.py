@@ -56,7 +56,6 @@ class CompiledKernel:
     has_wgmma: bool = False  # on Hopper
     name: str = ""  # where one kernel has several rows
     is_slow: bool = False  # left to the slow tests on every GPU
-    is_early: bool = True  # on Hopper: started while the kernel ahead ends, if it can be at all
     is_hopper: bool = False  # compiled for no other GPU
 
     @property
@@ -81,7 +80,7 @@ class CompiledKernel:
         if self.is_hopper:
             constants["STAGES"] = entry["num_stages"]
         if "EARLY" in names:
-            constants["EARLY"] = options["launch_pdl"] = capability >= 90 and self.is_early
+            constants["EARLY"] = options["launch_pdl"] = capability >= 90
         return options, self.constants | constants
 
 
@@ -250,13 +249,14 @@ def attention_cases(data: str) -> list[CompiledKernel]:
         sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
         sizes |= {"BLOCK_SIZE": 16, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": False, "WIDEN": False}
         shape = "float32" if data == "*fp32" else f"d{padded}"
-        for form in ("narrow", "wide"):
-            is_wide = form == "wide"
-            rows: dict[str, object] = {"SPLIT_MASK": is_wide, "MERGES": not is_wide} | ({} if is_wide else {"ROWS": 16})
+        for form in ("narrow", "narrow beside", "wide"):
+            is_wide, is_beside = form == "wide", form == "narrow beside"
+            rows: dict[str, object] = {"SPLIT_MASK": is_wide, "MERGES": not is_wide, "BESIDE": is_beside}
+            rows |= {} if is_wide else {"ROWS": 16}
             cases.append(
                 CompiledKernel(
-                    attention_kernels.attention_items_kernel, (f"attention_{form}", shape), items, sizes | rows,
-                    unaligned=("sliding_window", "table_stride"), has_wgmma=is_wide, is_early=not is_wide,
+                    attention_kernels.attention_items_kernel, (f"attention_{form.split()[0]}", shape), items,
+                    sizes | rows, unaligned=("sliding_window", "table_stride"), has_wgmma=is_wide,
                     name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
                 )
             )  # fmt: skip

@@ -211,6 +211,7 @@ def _compile(
     constants = {
         "GROUP_SIZE": group_size, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
         "ROWS": 128, "KEYS": 64, "STAGES": stages, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": has_soft_cap,
+        "EARLY": True,
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in kernel.arg_names}
     pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
@@ -270,6 +271,15 @@ def test_interpreted(case):
     kernel = parse(ttgir_of(case))
     for seed in range(4):
         assert_exact_interpreted(case, kernel, seed)
+
+
+@needs_gluon
+def test_touches_no_memory_before_the_kernels_ahead_have_ended():
+    text = ttgir_of(SMALL)
+    before, wait, after = text.partition("griddepcontrol.wait")
+    assert wait
+    assert "griddepcontrol.launch_dependents" in after
+    assert not re.search(r"tt\.(load|store)|async_copy|warp_specialize", before)
 
 
 @needs_gluon

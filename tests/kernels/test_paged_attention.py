@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from text_generation_kernels import reference
-from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.attention_layout import NUM_ITEM_COLUMNS, NUM_PIECES, PIECE, AttentionLayout, Tile
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.paged_attention import AttentionWorkspace, paged_attention
@@ -226,11 +226,22 @@ def test_pieces_are_merged_by_the_last_to_arrive(device):
     inputs = random_inputs(case, device, 0)
     layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9), None)
     workspace = planned_workspace(case, device, layout)
-    assert int(workspace.section("num_merged")[0]) > 0
+    assert merged_in_place(workspace)
     expected = exact(case, *inputs)
     for _ in range(2):  # the counts are back at zero
         output = paged_attention(*inputs, workspace, case.scale)
         torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
+    assert not workspace.arrivals.any()
+
+
+def test_the_narrow_kernel_merges_its_own_pieces_beside_the_wide_one(device):
+    case = Case([(1, 90), (20, 61), (1, 1), (2, 70)])
+    inputs = random_inputs(case, device, 0)
+    workspace = planned_workspace(case, device)
+    assert merged_in_place(workspace)
+    for _ in range(2):  # the counts are back at zero
+        output = paged_attention(*inputs, workspace, case.scale)
+        torch.testing.assert_close(output.double(), exact(case, *inputs), atol=3e-5, rtol=0)
     assert not workspace.arrivals.any()
 
 
@@ -244,6 +255,12 @@ def test_one_plan_buffer_serves_step_after_step(device):
     output = paged_attention(*inputs, workspace, case.scale)
     expected = exact(shorter, *inputs)
     torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
+
+
+def merged_in_place(workspace: AttentionWorkspace) -> list[int]:
+    """Of the units that were cut and that the narrow kernel merges, in how many pieces each."""
+    items = workspace.section("narrow_items").view(-1, NUM_ITEM_COLUMNS)[: int(workspace.section("narrow_starts")[-1])]
+    return [int(item[NUM_PIECES]) for item in items if item[PIECE] == 0 and item[NUM_PIECES] > 1]
 
 
 def planned_workspace(case: Case, device: torch.device, layout: AttentionLayout | None = None) -> AttentionWorkspace:
