@@ -22,10 +22,10 @@ def rehearse(folder: Path, *flags: str) -> tuple[int, dict[str, Any], str]:
 
 
 def test_a_part_that_fails_leaves_what_it_had_and_the_others_run(tmp_path: Path) -> None:
-    flags = ("--parts", "trace,startup,suite", "--trace-flags", "--mixed 3+40")
+    flags = ("--parts", "trace,startup,suite,memory", "--trace-flags", "--mixed 3+40")
     code, parts, text = rehearse(tmp_path, *flags)
     assert code == 1
-    assert [part["failure"] for part in parts.values()] == ["ended with 1", None, None]
+    assert [part["failure"] for part in parts.values()] == ["ended with 1", None, None, None]
     assert any("no room for a prompt of 40" in line for line in parts["trace"]["last_lines"])
     assert [case["name"] for case in parts["trace"]["figures"]["cases"]] == ["decode 1", "decode 3"]
     [start] = parts["startup"]["figures"]["starts"]
@@ -34,6 +34,10 @@ def test_a_part_that_fails_leaves_what_it_had_and_the_others_run(tmp_path: Path)
     assert {"weights", "import"} <= start["shard_s"].keys()
     row = parts["suite"]["figures"]["rows"][-1]
     assert (row["name"], row["failed"], row["short"]) == ("chat-c1", 0, 0)
+    held = parts["memory"]["figures"]["looks"]
+    assert [line["requests"] for line in held] == [10, 20, 30, 40, 50]
+    assert all(line["text_generation_router_kib"] > 10_000 for line in held)
+    assert all(line["text_generation_shard_kib"] > 10_000 for line in held)
     assert "| trace | ended with 1 |" in text
     assert "### decode 3: 3 tokens a step" in text
     assert "| chat-c1 | ttft_p50_ms |" in text
@@ -52,7 +56,7 @@ def test_all_parts(tmp_path: Path) -> None:
     code, parts, _ = rehearse(tmp_path)
     assert [name for name, part in parts.items() if part["failure"]] == []
     assert code == 0
-    assert list(parts) == ["kernels", "parity", "benchmarks", "trace", "startup", "suite"]
+    assert list(parts) == ["kernels", "parity", "benchmarks", "trace", "startup", "suite", "memory"]
     assert {row["operation"] for row in parts["benchmarks"]["figures"]["rows"]} == {"gated_activation", "rms_norm"}
     for name in ("kernels", "parity"):
         assert all(row["tests"] > row["skipped"] for row in parts[name]["figures"]["files"])

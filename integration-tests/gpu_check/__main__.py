@@ -1,4 +1,4 @@
-"""Checks and measures on a GPU: tests, parity, kernel benchmarks, a trace of steps, start-up and the request suite.
+"""Checks and measures on a GPU: tests, parity, kernel benchmarks, a trace of steps, start-up, request suite, memory.
 
     python integration-tests/gpu_check --model FOLDER [--parts kernels,trace] [--demo FILE.gguf] [--bench FOLDER]
 

@@ -154,6 +154,11 @@ def _suite(options: Options, figures: Path) -> list[str]:
     return _module("gpu_check.suite", "--json", figures, *rehearse, *bench, *_server(options))
 
 
+def _memory(options: Options, figures: Path) -> list[str]:
+    few = ["--requests", 50] if options.is_rehearsal else []
+    return _module("gpu_check.memory", "--json", figures, *few, *_server(options))
+
+
 def _server(options: Options) -> list[object]:
     """The model, and then the launcher's flags."""
     return ["--model", options.model, "--", *options.server_flags]
@@ -168,5 +173,6 @@ PARTS = {
         Part("trace", 120, _trace, needs_model=True),
         Part("startup", 180, _startup, needs_model=True),
         Part("suite", 420, _suite, needs_model=True),
+        Part("memory", 300, _memory, needs_model=True),
     )
 }

@@ -116,6 +116,11 @@ def suite_section(figures: Figures) -> list[str]:
     return [*lines, *(f"- failed: {text}" for text in figures["failed"])]
 
 
+def memory_section(figures: Figures) -> list[str]:
+    """What was held after so many requests."""
+    return table(list(figures["looks"][0]), [list(line.values()) for line in figures["looks"]])
+
+
 def _rounded(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
@@ -127,4 +132,5 @@ SECTIONS: dict[str, Callable[[Figures], list[str]]] = {
     "trace": trace_section,
     "startup": startup_section,
     "suite": suite_section,
+    "memory": memory_section,
 }
