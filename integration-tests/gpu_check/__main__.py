@@ -30,17 +30,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="folder of the model to measure; needed by trace, startup and suite")
+    parser.add_argument(
+        "--model", type=Path, help="folder of the model to measure; needed by trace, startup, suite and memory"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="names with commas between them; default: %(default)s")
     parser.add_argument("--demo", type=Path, help="the demo model's GGUF file, for parity; default: its package's")
     parser.add_argument("--bench", type=Path, help="folder with load.py and workloads/, to use in place of our own")
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder of reports and logs")
-    parser.add_argument("--limit-s", type=float, default=600.0, help="time for all parts together")
+    parser.add_argument("--limit-s", type=float, default=1500.0, help="time for all parts together")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="test files run at once")
     parser.add_argument(
         "--trace-flags", default="", help="more options for `python -m text_generation_shard.profiling`"
     )
-    parser.add_argument("--server-flags", default="", help="more flags for the launcher in startup and suite")
+    parser.add_argument("--server-flags", default="", help="more flags for the launcher in startup, suite and memory")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes: that every part runs")
     return parser
 

@@ -1,4 +1,4 @@
-"""Whether the server's memory grows with the requests it has served: many of mixed size, on a small random model.
+"""Shows what memory the server holds after so many requests of mixed size, on a small random model.
 
 Alone: `python integration-tests/gpu_check --parts memory --model FOLDER`, whose tokenizer and kind of model it takes.
 """
@@ -45,12 +45,12 @@ def write_small_model(model: Path, folder: Path) -> None:
 
 
 def write_mixed_requests(path: Path, count: int, vocab_size: int, seed: int) -> None:
-    """Prompts and answers as often of 1 to 2 tokens as of 32 to 64; no two prompts share a prefix to speak of."""
+    """Lengths spread evenly on a logarithmic scale; no two prompts share a prefix to speak of."""
     numbers = random.Random(seed)
     with path.open("w") as file:
         for _ in range(count):
             num_prompt, num_output = (
-                int(math.exp(numbers.uniform(0, math.log(most)))) for most in (MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
+                int(math.exp(numbers.uniform(0, math.log(most + 1)))) for most in (MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
             )
             prompt = [numbers.randrange(vocab_size) for _ in range(num_prompt)]
             file.write(json.dumps({"prompt": prompt, "max_tokens": num_output}) + "\n")

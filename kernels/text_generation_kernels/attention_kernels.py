@@ -45,7 +45,7 @@ def attention_items_kernel(
     SPLIT_MASK: tl.constexpr,  # walk the tiles that every row sees without a mask
     MERGES: tl.constexpr,  # the last piece of a unit to arrive merges them, where the item says so
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
-    BESIDE: tl.constexpr,  # runs beside the kernel ahead, whose inputs are its own
+    BESIDE: tl.constexpr,  # runs beside the kernel ahead: reads the same inputs, writes other results
     EARLY: tl.constexpr,
 ):
     if BESIDE:

@@ -70,8 +70,8 @@ def plan_attention(
             cut = _cut(num_tiles, tile) if name == "narrow" else _deal(num_tiles, tile)
             pieces[chosen] = np.bincount(cut.unit, minlength=len(chosen))
             cuts.append((name, tile, chosen, cut))
-    is_split, is_alone = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
-    num_pieces = np.where(is_alone, pieces, 0)
+    is_split, is_merged_in_place = _write_rows(layout, buffer, units, pieces, tokens, positions, group_tokens)
+    num_pieces = np.where(is_merged_in_place, pieces, 0)
     tables = units.table if table_rows is None else table_rows[units.table]
     for name, tile, chosen, cut in cuts:
         _write_items(layout, buffer, name, tile, units, tables, chosen, cut, is_split, num_pieces)
@@ -246,15 +246,16 @@ def _write_rows(
     has_group = np.zeros(len(tokens), dtype=bool)
     has_group[group_tokens] = True
     first_tokens = row_tokens[units.first_row]
-    is_alone = ~units.is_wide & ~has_group[first_tokens]
-    is_left = has_group | units.is_wide.repeat(units.num_rows)[: len(tokens)]
-    merged = (num_slots * is_left).nonzero()[0]
+    is_split = num_slots[first_tokens] > 0
+    is_merged_in_place = is_split & ~units.is_wide & ~has_group[first_tokens]
+    # Own units come first, in token order.
+    merged = ((num_slots > 0) & ~is_merged_in_place.repeat(units.num_rows)[: len(tokens)]).nonzero()[0]
     layout.view(buffer, "num_merged")[0] = len(merged)
     table = layout.view(buffer, "merged")
     table[: len(merged), 0] = merged
     table[: len(merged), 1] = slots[merged]
     table[: len(merged), 2] = num_slots[merged]
-    return num_slots[first_tokens] > 0, is_alone
+    return is_split, is_merged_in_place
 
 
 def _write_items(

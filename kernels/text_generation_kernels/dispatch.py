@@ -31,7 +31,10 @@ def launches_early(device: torch.device) -> bool:
 
 
 def early_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that hands its parameter EARLY to `wait_for_inputs` before it touches memory."""
+    """Launch options of a kernel that hands its parameter EARLY to `wait_for_inputs` before it touches memory.
+
+    Or to `start_next` and `wait_for_others`, if it may run beside the kernel ahead.
+    """
     is_early = launches_early(device)
     return {"EARLY": True, "launch_pdl": True} if is_early else {"EARLY": False}
 
@@ -46,9 +49,11 @@ def wait_for_inputs(EARLY: tl.constexpr):
 
 @triton.jit
 def start_next(EARLY: tl.constexpr):
-    """Let the next kernel start, in one that is itself started early and reads only what the kernel ahead read.
+    """Let the next kernel start, in one that does not wait for the kernel ahead: both need only what came before.
 
-    That kernel waited for its inputs before it let this one start. `wait_for_others` must follow as the last thing.
+    Neither may write what the other reads or writes. The kernel ahead has called `wait_for_inputs`, so that those
+    before it had ended and written their results to the second-level cache when this one was started, and no
+    first-level cache holds anything older. `wait_for_others` must follow as the last thing.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

@@ -77,8 +77,7 @@ def paged_attention(
     if layout.wide is None:
         _launch_items("narrow", layout.narrow, *tensors, factors)
         return output
-    # One waits for the matrix unit, the other for memory: side by side they take little more than the longer one.
-    if launches_early(query.device):  # on one stream: two that part and meet idle for some 14 us
+    if launches_early(query.device):  # on one stream: two that part and meet idle 4 us a layer more (H100)
         _launch_items("wide", layout.wide, *tensors, factors)
         _launch_items("narrow", layout.narrow, *tensors, factors)
     else:

@@ -19,6 +19,7 @@ from text_generation_router.command_line import InvalidConfig, parse_config
 from text_generation_router.config import RouterConfig
 from text_generation_router.engine import Engine, start_engine
 from text_generation_router.grammar_compiler import GrammarCompiler
+from text_generation_router.huge_pages import collapse_memory
 from text_generation_router.limits import InvalidLimits
 from text_generation_router.logs import set_up_logging
 from text_generation_router.metrics import Metrics
@@ -81,6 +82,7 @@ async def serve(config: RouterConfig) -> None:
         if grammars is not None:
             grammars.start()
         engine.take_over_garbage()
+        await asyncio.to_thread(collapse_memory)
         is_failed = await _ends_by_failure(engine, stop)
         await server.stop(grace_s=0.0 if is_failed else None)
         await engine.stop()

@@ -329,7 +329,16 @@ def test_machine_code(case, kind, gpu_class):
         assert not re.search(r"\b(STL|LDL)\b", code), "registers spilled to local memory"
     if case.has_wide_loads:
         assert re.search(r"\b(LDG|LDGSTS)\.E[\w.]*\.128\b", code), "no 16-byte loads"
-    assert "tf32" not in compiled.asm["ptx"], "float32 products are IEEE"
+    ptx = compiled.asm["ptx"]
+    assert "tf32" not in ptx, "float32 products are IEEE"
+    if "griddepcontrol.wait" in ptx and not case.is_hopper:
+        wait, start_next = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
+        accesses = [found.start() for found in re.finditer(r"\b(ld|st|atom)\S*\.global|\bcp\.async\.c", ptx)]
+        if case.constants.get("BESIDE"):
+            assert start_next < accesses[0] < accesses[-1] < wait
+        else:
+            assert wait < accesses[0]
+    assert ("griddepcontrol.wait" in ptx) == (capability == 90 and "EARLY" in case.kernel.arg_names)
     if case.has_wgmma and capability == 90 and kind != "fp32":
         assert "HGMMA" in code
 

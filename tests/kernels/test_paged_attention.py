@@ -257,10 +257,16 @@ def test_one_plan_buffer_serves_step_after_step(device):
     torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
 
 
+def test_on_two_streams_as_on_gpus_without_early_launches(device, monkeypatch):
+    for module in ("dispatch", "paged_attention"):
+        monkeypatch.setattr(f"text_generation_kernels.{module}.launches_early", lambda device: False)
+    assert_exact(Case(MIXED), device)
+
+
 def merged_in_place(workspace: AttentionWorkspace) -> list[int]:
     """Of the units that were cut and that the narrow kernel merges, in how many pieces each."""
     items = workspace.section("narrow_items").view(-1, NUM_ITEM_COLUMNS)[: int(workspace.section("narrow_starts")[-1])]
-    return [int(item[NUM_PIECES]) for item in items if item[PIECE] == 0 and item[NUM_PIECES] > 1]
+    return [int(item[NUM_PIECES]) for item in items if item[PIECE] == 0 and item[NUM_PIECES] > 0]
 
 
 def planned_workspace(case: Case, device: torch.device, layout: AttentionLayout | None = None) -> AttentionWorkspace:

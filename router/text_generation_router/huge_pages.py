@@ -1,0 +1,56 @@
+"""Huge pages for the memory that the router keeps from its start to its end: the tokenizer, the modules, the buffers.
+
+A request after a pause touches some thousand pages of them. Small ones cost misses of the address cache; and on a
+virtual machine whose host watches which pages are in use, 10 us each once nobody has touched them for a second.
+"""
+
+import ctypes
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE_BYTES = 2 * 2**20
+# A mapping of which less is in use would come to hold more memory.
+MIN_SHARE_IN_USE = 0.8
+_MADV_COLLAPSE = 25  # Linux 6.1 and later
+_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
+_RESIDENT = re.compile(r"Rss: +(\d+) kB")
+
+
+def collapse_memory() -> int:
+    """Bring the process's memory in use into huge pages, where the system can; the number of bytes that lie in them.
+
+    Takes 3 ms for each page of 2 MiB (a 2-core virtual machine), without Python's lock. Memory in use does not grow by
+    more than a quarter.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:  # no Linux
+        return 0
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    num_bytes = 0
+    for start, end in mappings_in_use(lines):
+        for address in range(start, end, HUGE_PAGE_BYTES):
+            if madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0:
+                num_bytes += HUGE_PAGE_BYTES
+            else:
+                logger.debug("No huge page at %x: %s", address, os.strerror(ctypes.get_errno()))
+    return num_bytes
+
+
+def mappings_in_use(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Start and end, in whole huge pages, of the private writable mappings of no file that are mostly in use."""
+    start = end = 0
+    for line in smaps:
+        if header := _HEADER.fullmatch(line.rstrip()):
+            is_memory = header[3] == "rw-p" and header[4] == "0" and header[5] in ("", "[heap]")
+            start, end = (int(header[1], 16), int(header[2], 16)) if is_memory else (0, 0)
+        elif (resident := _RESIDENT.match(line)) and int(resident[1]) * 1024 >= MIN_SHARE_IN_USE * (end - start):
+            first, last = -(-start // HUGE_PAGE_BYTES), end // HUGE_PAGE_BYTES
+            if first < last:
+                yield first * HUGE_PAGE_BYTES, last * HUGE_PAGE_BYTES
