@@ -5,9 +5,11 @@ virtual machine whose host watches which pages are in use, 10 us each once nobod
 """
 
 import ctypes
+import errno
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 HUGE_PAGE_BYTES = 2 * 2**20
 # A mapping of which less is in use would come to hold more memory.
 MIN_SHARE_IN_USE = 0.8
+# Where memory is short or in pieces, the kernel makes room for page after page.
+MAX_TIME_S = 1.0
 _MADV_COLLAPSE = 25  # Linux 6.1 and later
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
 _RESIDENT = re.compile(r"Rss: +(\d+) kB")
@@ -24,22 +28,27 @@ _RESIDENT = re.compile(r"Rss: +(\d+) kB")
 def collapse_memory() -> int:
     """Bring the process's memory in use into huge pages, where the system can; the number of bytes that lie in them.
 
-    Takes 3 ms for each page of 2 MiB (a 2-core virtual machine), without Python's lock. Memory in use does not grow by
-    more than a quarter.
+    Takes some 6 ms for each page of 2 MiB (a slow 2-core virtual machine), a second at most; without Python's lock, but
+    what maps memory or touches new pages waits for the page under way. Resident memory grows by a quarter at most.
     """
+    end_s = time.monotonic() + MAX_TIME_S
     try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
+        lines = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:  # no Linux
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    num_bytes = 0
-    for start, end in mappings_in_use(lines):
-        for address in range(start, end, HUGE_PAGE_BYTES):
-            if madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0:
-                num_bytes += HUGE_PAGE_BYTES
-            else:
-                logger.debug("No huge page at %x: %s", address, os.strerror(ctypes.get_errno()))
+    num_bytes, why = 0, "all that is in use"
+    for address in (page for start, end in mappings_in_use(lines) for page in range(start, end, HUGE_PAGE_BYTES)):
+        if time.monotonic() > end_s:
+            why = "no time was left for more"
+            break
+        if madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0:
+            num_bytes += HUGE_PAGE_BYTES
+        elif ctypes.get_errno() != errno.EAGAIN:  # which is of that page alone
+            why = f"then: {os.strerror(ctypes.get_errno())}"
+            break
+    logger.info("%d MiB in huge pages, %s", num_bytes // 2**20, why)
     return num_bytes
 
 
