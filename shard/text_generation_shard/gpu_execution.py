@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +16,12 @@ from text_generation_kernels.attention_layout import MAX_NARROW_QUERY, Attention
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.paged_attention import AttentionWorkspace
-from text_generation_kernels.sampling import Sampled, SamplingParameters, choose_best, sample
+from text_generation_kernels.sampling import Sampled, choose_best, sample
 from text_generation_kernels.shared_prefix import SharedPrefix, find_shared_prefixes
 from text_generation_kernels.token_exchange import (
     NUM_OUTPUT_COLUMNS,
     publish_tokens,
     read_tokens,
-    token_of_row,
 )
 from text_generation_kernels.token_masks import NO_MASK, mask_tokens, num_words
 
@@ -38,20 +36,25 @@ from text_generation_shard.grammar_masks import StepMasks
 from text_generation_shard.input_batch import InputBatch
 from text_generation_shard.kv_cache import KvCaches
 from text_generation_shard.step_buffers import NUM_HOST_BUFFERS, Array, StepBuffers, to_host
+from text_generation_shard.step_columns import (
+    KINDS,
+    MAX_TABLE_CHANGES,
+    NO_SLOT,
+    Kind,
+    fill_samples,
+    fill_tokens,
+    first_mixed_column,
+    plan_name,
+    sampling_parameters,
+    step_buffers,
+)
 from text_generation_shard.step_inputs import BatchLimits, PromptInputs, StepInputs
 from text_generation_shard.token_scores import ScoredTokens, score_prompt
 
 # Decoding sequences that share at least this many tokens of prefix read them as a group.
 MIN_SHARED_TOKENS = 256
-# Places of the block tables that one copy can change; a step that changes more takes several.
-MAX_TABLE_CHANGES = 1024
-
-NO_SLOT = -1
 NO_TOKEN = -1
 
-# "short": a few tokens of each sequence, as where all of them decode, and in all no more than there may be sequences.
-Kind = Literal["short", "mixed"]
-KINDS: tuple[Kind, ...] = ("short", "mixed")
 # Mixed steps of few tokens are rare: one recording serves them all.
 LEAST_SIZES = {"short": 1, "mixed": 16}
 
@@ -76,37 +79,10 @@ class _StepKind:
         self.layout = layout
         self.workspaces: dict[int | None, AttentionWorkspace] = {
             window: AttentionWorkspace(
-                layout, model.shape.num_kv_heads, model.shape.head_dim, device, buffers.device[_plan_name(kind, window)]
+                layout, model.shape.num_kv_heads, model.shape.head_dim, device, buffers.device[plan_name(kind, window)]
             )
             for window in set(model.sliding_windows)
         }
-
-
-def _buffers(
-    model: GpuModel, limits: BatchLimits, layouts: dict[Kind, AttentionLayout], device: torch.device
-) -> StepBuffers:
-    num_rows, num_tokens = limits.max_num_sequences, layouts["mixed"].max_tokens
-    columns: dict[str, tuple[type[np.generic], int]] = {
-        "sampling_indices": (np.int32, num_rows),
-        "sampling_rows": (np.int32, num_rows),
-        "temperatures": (np.float32, num_rows),
-        "top_k": (np.int32, num_rows),
-        "top_p": (np.float32, num_rows),
-        "min_p": (np.float32, num_rows),
-        "typical_p": (np.float32, num_rows),
-        "seeds": (np.int64, num_rows),
-        "sampling_positions": (np.int64, num_rows),
-        "mask_rows": (np.int32, num_rows),
-        "changed_places": (np.int64, MAX_TABLE_CHANGES),
-        "changed_blocks": (np.int32, MAX_TABLE_CHANGES),
-        "input_ids": (np.int32, num_tokens),
-        "positions": (np.int32, num_tokens),
-        "slots": (np.int32, num_tokens),
-    }
-    # The plans of mixed steps come last: a step of short queries is sent without them.
-    for kind in KINDS:
-        columns |= {_plan_name(kind, window): (np.int32, layouts[kind].size) for window in set(model.sliding_windows)}
-    return StepBuffers(columns, device)
 
 
 class GpuExecution:
@@ -141,7 +117,7 @@ class GpuExecution:
         self._run_head(num_rows, has_random=True)
         logits = self._model.model.compute_logits(self._sampled_hidden[:num_rows])
         changed = self._changed_head.run_worst_case(
-            logits, self._parameters(num_rows), buffer["sampling_rows"], self._last_tokens[:num_rows]
+            logits, sampling_parameters(buffer, num_rows), buffer["sampling_rows"], self._last_tokens[:num_rows]
         )
         mask_tokens(changed, self._masks, buffer["mask_rows"][: len(changed)])
 
@@ -172,10 +148,10 @@ class GpuExecution:
             for kind in KINDS
         }
         self._limits = limits
-        self._buffers = _buffers(self._model, limits, layouts, device)
+        self._buffers = step_buffers(num_rows, layouts, set(self._model.sliding_windows), device)
         # Before the first step, and while steps are recorded, nothing is written.
         self._buffers.device["slots"].fill_(NO_SLOT)
-        self._first_mixed_column = next(name for name in self._buffers.device if name.startswith("mixed"))
+        self._first_mixed_column = first_mixed_column(self._buffers)
         self._kinds = {kind: _StepKind(layouts[kind], self._model, self._buffers, kind, device) for kind in KINDS}
         # The last row takes what padded rows write.
         self._last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
@@ -200,14 +176,14 @@ class GpuExecution:
         num_tokens = self._recordings.padded_size(inputs.num_tokens, step_kind.layout.max_tokens, LEAST_SIZES[kind])
         num_samples = self._recordings.padded_size(inputs.num_samples, self._limits.max_num_sequences)
         turn, host = self._buffers.next_host()
-        self._fill_tokens(host, inputs, num_tokens)
-        self._fill_samples(host, inputs, batch, num_samples)
+        fill_tokens(host, inputs, num_tokens)
+        fill_samples(host, inputs, batch, num_samples, padding_row=self._limits.max_num_sequences)
         host["mask_rows"][:num_samples] = NO_MASK
         if masks is not None:
             host["mask_rows"][: inputs.num_samples] = masks.mask_rows
         for window in step_kind.workspaces:
             plan_attention(
-                step_kind.layout, host[_plan_name(kind, window)], inputs.query_starts, inputs.sequence_lengths,
+                step_kind.layout, host[plan_name(kind, window)], inputs.query_starts, inputs.sequence_lengths,
                 window, groups, inputs.rows,
             )  # fmt: skip
         events, host_output = next(self._host_outputs)
@@ -291,38 +267,6 @@ class GpuExecution:
             batch.tables(inputs), query_lengths, inputs.sequence_lengths, self._limits.block_size, MIN_SHARED_TOKENS
         )
 
-    def _fill_tokens(self, host: dict[str, Array], inputs: StepInputs, num_tokens: int) -> None:
-        """The tokens of the step; padded ones are written nowhere and read by nobody."""
-        used = inputs.num_tokens
-        input_ids = host["input_ids"]
-        input_ids[:used] = inputs.input_ids
-        decoding = inputs.query_starts[:-1][inputs.is_decoding]
-        input_ids[decoding] = token_of_row(inputs.rows[inputs.is_decoding])
-        host["positions"][:used] = inputs.positions
-        host["slots"][:used] = inputs.slot_mapping
-        for name, padding in (("input_ids", 0), ("positions", 0), ("slots", NO_SLOT)):
-            host[name][used:num_tokens] = padding
-
-    def _fill_samples(self, host: dict[str, Array], inputs: StepInputs, batch: InputBatch, num_samples: int) -> None:
-        """The rows that sample; padded ones choose the best token of the step's first and keep it in the last row."""
-        used, rows, sampling = inputs.num_samples, inputs.sampling_rows, batch.sampling
-        columns: dict[str, tuple[Array, int]] = {
-            "sampling_indices": (inputs.sampling_indices, 0),
-            "sampling_rows": (rows, self._limits.max_num_sequences),
-            "temperatures": (sampling.temperatures[rows], 0),
-            "top_k": (sampling.top_k[rows], 0),
-            "top_p": (sampling.top_p[rows], 1),
-            "min_p": (sampling.min_p[rows], 0),
-            "typical_p": (sampling.typical_p[rows], 1),
-            "seeds": (sampling.seeds[rows].view(np.int64), 0),
-            "sampling_positions": (inputs.sampling_positions, 0),
-        }
-        for name, (values, padding) in columns.items():
-            host[name][:used] = values
-            host[name][used:num_samples] = padding
-        # The layers' recording gathers more rows than are sampled.
-        host["sampling_indices"][num_samples:] = 0
-
     def _run_layers(self, kind: Kind, num_tokens: int) -> torch.Tensor:
         """Hidden states of the step's tokens; those of the rows that may sample are kept for the head."""
         buffer = self._buffers.device
@@ -341,11 +285,12 @@ class GpuExecution:
 
     def _run_head(self, num_samples: int, has_random: bool) -> None:
         """Tokens of the rows that sample: kept for the next step, and laid out for the host."""
-        rows = self._buffers.device["sampling_rows"][:num_samples]
+        buffer = self._buffers.device
+        rows = buffer["sampling_rows"][:num_samples]
         logits = self._model.model.compute_logits(self._sampled_hidden[:num_samples])
         if has_random:
-            mask_tokens(logits, self._masks, self._buffers.device["mask_rows"][:num_samples])
-            sampled = sample(logits, self._parameters(num_samples))
+            mask_tokens(logits, self._masks, buffer["mask_rows"][:num_samples])
+            sampled = sample(logits, sampling_parameters(buffer, num_samples))
         else:
             sampled = choose_best(logits)
         publish_tokens(*_as_rank_0(sampled), rows, self._last_tokens, self._output)
@@ -366,19 +311,14 @@ class GpuExecution:
             return sampled.tokens
 
         return self._changed_head.choose(
-            logits, self._parameters(count), rows, previous, inputs.sampling_rows, batch.sampling, mask, publish
-        )
-
-    def _parameters(self, num_samples: int) -> SamplingParameters:
-        column = {name: values[:num_samples] for name, values in self._buffers.device.items()}
-        return SamplingParameters(
-            temperatures=column["temperatures"],
-            top_k=column["top_k"],
-            top_p=column["top_p"],
-            min_p=column["min_p"],
-            typical_p=column["typical_p"],
-            seeds=column["seeds"],
-            positions=column["sampling_positions"],
+            logits,
+            sampling_parameters(buffer, count),
+            rows,
+            previous,
+            inputs.sampling_rows,
+            batch.sampling,
+            mask,
+            publish,
         )
 
 
@@ -391,7 +331,3 @@ def _as_rank_0(sampled: Sampled) -> Sampled:
         return sampled
     tokens = distributed.broadcast(torch.where(sampled.is_finite, sampled.tokens, NO_TOKEN))
     return sampled._replace(tokens=tokens.clamp(min=0), is_finite=tokens != NO_TOKEN)
-
-
-def _plan_name(kind: Kind, window: int | None) -> str:
-    return f"{kind} attention plan, window {window}"
