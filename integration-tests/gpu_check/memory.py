@@ -76,15 +76,15 @@ def looks(model: Path, flags: list[str], num_requests: int, folder: Path) -> Ite
     """What is held after each fifth of the requests."""
     write_small_model(model, folder)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    row = Row("mixed", "mixed", concurrency=CONCURRENCY)
+    row, num_each = Row("mixed", "mixed", concurrency=CONCURRENCY), num_requests // NUM_LOOKS
     with start_server(*server_flags(folder, [*KV_FLAGS, *flags])) as url:
         for turn in range(NUM_LOOKS):
             requests = folder / "requests.jsonl"
-            write_mixed_requests(requests, num_requests // NUM_LOOKS, vocab_size, seed=turn)
+            write_mixed_requests(requests, num_each, vocab_size, seed=turn)
             answered, _ = run_client(row, url, requests, folder, "--quiet")
             if answered["failed"] or answered["short"]:
                 raise BenchmarkFailed(f"{answered['failed']} requests failed, {answered['short']} came up short")
-            yield look((turn + 1) * (num_requests // NUM_LOOKS))
+            yield look((turn + 1) * num_each)
 
 
 def main() -> int:

@@ -118,7 +118,8 @@ def suite_section(figures: Figures) -> list[str]:
 
 def memory_section(figures: Figures) -> list[str]:
     """What was held after so many requests."""
-    return table(list(figures["looks"][0]), [list(line.values()) for line in figures["looks"]])
+    columns = list(figures["looks"][0])
+    return table(columns, [[line.get(name, "-") for name in columns] for line in figures["looks"]])
 
 
 def _rounded(value: float | None) -> str:

@@ -42,8 +42,7 @@ def attention_items_kernel(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    SPLIT_MASK: tl.constexpr,  # walk the tiles that every row sees without a mask
-    MERGES: tl.constexpr,  # the last piece of a unit to arrive merges them, where the item says so
+    IS_WIDE: tl.constexpr,  # walk the tiles that every row sees without a mask, and leave merging to another kernel
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
     BESIDE: tl.constexpr,  # runs beside the kernel ahead: reads the same inputs, writes other results
     EARLY: tl.constexpr,
@@ -83,7 +82,7 @@ def attention_items_kernel(
         total = tl.zeros([ROWS, PADDED_DIM], dtype=tl.float32)
         top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
         weight = tl.zeros([ROWS], dtype=tl.float32)
-        if SPLIT_MASK:
+        if IS_WIDE:
             for start in range(full_start, full_end, KEYS):
                 total, top, weight = _attend(
                     total, top, weight, q, keys_of_head, values_of_head, table, positions, dims, is_dim,
@@ -117,7 +116,8 @@ def attention_items_kernel(
             tl.store(partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], total, mask=is_element)
             log_weight = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
             tl.store(partial_weight + lanes, log_weight, mask=is_row)
-            if MERGES:
+            if not IS_WIDE:
+                # The last piece of a unit to arrive merges them, where the item says so.
                 num_pieces = tl.load(item + 8)
                 if num_pieces > 0:
                     arrival = arrivals + first_row * NUM_KV_HEADS + kv_head

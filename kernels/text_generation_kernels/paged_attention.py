@@ -11,7 +11,7 @@ import triton
 
 from text_generation_kernels.attention_kernels import attention_items_kernel, merge_partials_kernel
 from text_generation_kernels.attention_layout import AttentionLayout, Tile
-from text_generation_kernels.dispatch import INTERPRETS, early_launch, launches_early
+from text_generation_kernels.dispatch import INTERPRETS, early_launch
 from text_generation_kernels.side_stream import beside, join
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -77,14 +77,10 @@ def paged_attention(
     if layout.wide is None:
         _launch_items("narrow", layout.narrow, *tensors, factors)
         return output
-    if launches_early(query.device):  # on one stream: two that part and meet idle 4 us a layer more (H100)
+    with beside(query.device, "wide attention"):
         _launch_items("wide", layout.wide, *tensors, factors)
-        _launch_items("narrow", layout.narrow, *tensors, factors)
-    else:
-        with beside(query.device, "wide attention"):
-            _launch_items("wide", layout.wide, *tensors, factors)
-        _launch_items("narrow", layout.narrow, *tensors, factors)
-        join(query.device, "wide attention")
+    _launch_items("narrow", layout.narrow, *tensors, factors)
+    join(query.device, "wide attention")
     num_heads, head_dim = query.shape[1:]
     num_programs = min(layout.max_tokens * num_heads, 2 * layout.narrow.num_workers * workspace.num_kv_heads)
     merge_partials_kernel[(num_programs,)](
@@ -133,7 +129,7 @@ def _launch_items(
         return
     attention_items_kernel[grid](
         *tensors, workspace.arrivals, block_tables.stride(0), *factors,
-        PADDED_DIM=triton.next_power_of_2(head_dim), SPLIT_MASK=is_wide, MERGES=not is_wide, WIDEN=INTERPRETS,
+        PADDED_DIM=triton.next_power_of_2(head_dim), IS_WIDE=is_wide, WIDEN=INTERPRETS,
         BESIDE=not is_wide and workspace.layout.wide is not None,
         **early_launch(query.device), **constants, num_stages=tile.num_stages,
     )  # fmt: skip

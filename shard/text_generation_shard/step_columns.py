@@ -1,6 +1,6 @@
 """The columns that a step on a GPU sends there in one copy: tokens, sampling rows, block tables' changes, plans."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ def plan_name(kind: Kind, window: int | None) -> str:
 
 
 def step_buffers(
-    num_rows: int, layouts: Mapping[Kind, AttentionLayout], windows: Iterable[int | None], device: torch.device
+    num_rows: int, layouts: Mapping[Kind, AttentionLayout], windows: Collection[int | None], device: torch.device
 ) -> StepBuffers:
     """Buffers for steps of up to so many sequences and of as many tokens as mixed ones hold."""
     num_tokens = layouts["mixed"].max_tokens

@@ -98,6 +98,7 @@ def check(layout: AttentionLayout, buffer: np.ndarray, steps: list[tuple[int, in
     assert merges.keys() == {token for token, found in slots_of.items() if found}
     for token, all_slots in merges.items():
         assert sorted(slots_of[token]) == list(all_slots)
+        assert len(all_slots) > 1
         assert token not in is_direct
     used = [slot for found in slots_of.values() for slot in found]
     assert len(set(used)) == len(used)

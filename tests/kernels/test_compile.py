@@ -251,7 +251,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
         shape = "float32" if data == "*fp32" else f"d{padded}"
         for form in ("narrow", "narrow beside", "wide"):
             is_wide, is_beside = form == "wide", form == "narrow beside"
-            rows: dict[str, object] = {"SPLIT_MASK": is_wide, "MERGES": not is_wide, "BESIDE": is_beside}
+            rows: dict[str, object] = {"IS_WIDE": is_wide, "BESIDE": is_beside}
             rows |= {} if is_wide else {"ROWS": 16}
             cases.append(
                 CompiledKernel(

@@ -260,7 +260,7 @@ def test_one_plan_buffer_serves_step_after_step(device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose streams it is about")
 def test_on_two_streams_as_on_gpus_without_early_launches(device, monkeypatch):
-    for module in ("dispatch", "paged_attention"):
+    for module in ("dispatch", "side_stream"):
         monkeypatch.setattr(f"text_generation_kernels.{module}.launches_early", lambda device: False)
     assert_exact(Case(MIXED), device)
 
