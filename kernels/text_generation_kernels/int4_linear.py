@@ -7,11 +7,11 @@ of 4 bits, multiplied with the same activations.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 GROUP_SIZE = 32
-_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 # torch wants the outputs in tiles of 16.
 _OUTPUT_TILE = 16
 
@@ -38,12 +38,12 @@ class GroupedWeight:
         return groups.flatten(1)
 
 
-@dataclass(frozen=True)
-class Int4Weight:
+class Int4Weight(NamedTuple):
     """4-bit codes in the order of torch's kernel; groups keep their scales and minimums, rounded to bfloat16."""
 
     codes: torch.Tensor  # [N, K / 2] uint8; K is doubled if has_halves
-    scales_and_zeros: torch.Tensor  # [K / GROUP_SIZE, N, 2] bfloat16; a weight is (code - 8) * scale + zero
+    group_size: int
+    scales_and_zeros: torch.Tensor  # [K / group_size, N, 2] bfloat16; a weight is (code - 8) * scale + zero
     has_halves: bool  # the first K / 2 columns are upper halves of 8-bit codes, the others their lower halves
 
 
@@ -66,6 +66,7 @@ def pack_int4(parts: Sequence[GroupedWeight]) -> Int4Weight | None:
     zeros = minimums + 8 * scales
     return Int4Weight(
         torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
+        GROUP_SIZE,
         torch.stack((scales.T, zeros.T), dim=2).bfloat16().contiguous(),
         has_halves,
     )
@@ -84,9 +85,10 @@ def _in_halves(weight: GroupedWeight) -> GroupedWeight:
 
 def int4_linear(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
     """x times the transposed weight."""  # [M, K] -> [M, N]
-    if x.dtype != torch.bfloat16:
-        return int4_linear(x.bfloat16(), weight).to(x.dtype)
+    rounded = x.to(torch.bfloat16)
     if weight.has_halves:
-        x = torch.cat((x, x), dim=1)
-    product: torch.Tensor = _multiply(x, weight.codes, GROUP_SIZE, weight.scales_and_zeros)
-    return product
+        rounded = torch.cat((rounded, rounded), dim=1)
+    product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        rounded, weight.codes, weight.group_size, weight.scales_and_zeros
+    )
+    return product.to(x.dtype)

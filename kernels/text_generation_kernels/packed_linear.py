@@ -33,5 +33,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x times the transposed weight, plus the bias."""  # [M, K] -> [M, N]
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", _no_scalars(), "")
     return product
+
+
+def _no_scalars() -> list[int | float | complex | None]:
+    return []  # by its type TorchScript tells it from a list of tensors

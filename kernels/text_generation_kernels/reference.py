@@ -102,8 +102,8 @@ def _causal_mask(query_length: int, length: int, sliding_window: int | None, dev
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """silu of the first half of the last dimension, times the second half."""  # [T, 2 * I] -> [T, I]
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    half = x.shape[-1] // 2
+    return F.silu(x[..., :half]).mul_(x[..., half:])
 
 
 # Of the eight tokens of each byte of a mask: the largest logit that they may have.

@@ -1,7 +1,5 @@
 """Root-mean-square norm, alone and after adding the residual. One program per row, which stays in registers."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -43,13 +41,8 @@ def rms_norm_on_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     """`rms_norm` of a CPU tensor: the root in float32, the result in the weight's type."""
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.addcmul(_constant(eps), length, length, value=1.0 / weight.shape[0]).rsqrt_()
+    scale: torch.Tensor = (length.square() / x.shape[-1] + eps).rsqrt_()
     return (wide * scale).to(weight.dtype).mul_(weight)
-
-
-@functools.cache
-def _constant(number: float) -> torch.Tensor:
-    return torch.tensor(number)
 
 
 def _launch(

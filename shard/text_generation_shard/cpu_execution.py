@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_proto.columns import Int32Array
 
 from text_generation_shard import distributed

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_kernels.paged_attention import AttentionWorkspace
 
 from text_generation_shard.kv_cache import KvCaches

@@ -1,13 +1,16 @@
 """Attention on a CPU against float64, over caches in which other sequences left NaN."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from text_generation_kernels import cpu_attention as cpu_attention_module
-from text_generation_kernels.cpu_attention import CpuAttentionPlan, cpu_attention
+from text_generation_kernels.cpu_attention import Keys, cpu_attention
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
+from text_generation_kernels.torch_script import scripted
 
 BLOCK_SIZE, NUM_KV_HEADS, GROUP, HEAD_DIM = 4, 2, 3, 8
 NUM_HEADS = NUM_KV_HEADS * GROUP
@@ -18,7 +21,13 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}  # absolute and relative
 class Sequences:
     """Random qkv projections of sequences that grow over steps, each with blocks of its own in a shuffled cache."""
 
-    def __init__(self, max_lengths: list[int], dtype: torch.dtype, rotary_dim: int = HEAD_DIM) -> None:
+    def __init__(
+        self,
+        max_lengths: list[int],
+        dtype: torch.dtype,
+        rotary_dim: int = HEAD_DIM,
+        attend: Callable[..., torch.Tensor] = cpu_attention,
+    ) -> None:
         rng = np.random.default_rng(7)
         counts = [math.ceil(length / BLOCK_SIZE) for length in max_lengths]
         order = rng.permutation(sum(counts) + 3).tolist()
@@ -35,6 +44,7 @@ class Sequences:
         self.table = torch.cat((angles.cos(), angles.sin()), dim=1).float()
         self.norms = [torch.rand(HEAD_DIM, generator=generator).to(dtype) + 0.5 for _ in range(2)]
         self.lengths = [0] * len(max_lengths)
+        self.attend = attend
 
     def step(self, num_tokens: dict[int, int], window: int | None = None, has_norms: bool = False) -> torch.Tensor:
         """Outputs of the next tokens of some rows, [T, H * D]."""
@@ -51,7 +61,7 @@ class Sequences:
         plan = CpuAttentionPlan(self.tables[rows], starts, lengths, positions, slots, self.cache)
         qkv = torch.cat([self.qkv[row][at : at + n] for row, at, n in zip(rows, before, counts, strict=True)])
         norms = self.norms if has_norms else [None, None]
-        return cpu_attention(qkv, self.cache, plan, self.table, SCALE, window, *norms, 1e-5)
+        return self.attend(qkv, self.cache, plan.tokens(self.table), plan.sequences(window), SCALE, *norms, 1e-5)
 
     def expected(self, row: int, window: int | None, has_norms: bool) -> torch.Tensor:
         """All outputs of a row in float64, [length, H * D]."""
@@ -86,9 +96,12 @@ class Sequences:
     ("window", "rotary_dim", "has_norms"),
     [(None, HEAD_DIM, False), (3, HEAD_DIM, True), (9, 4, False), (1, HEAD_DIM, False)],
 )
-def test_steps_of_every_kind(dtype: torch.dtype, window: int | None, rotary_dim: int, has_norms: bool) -> None:
+@pytest.mark.parametrize("form", [cpu_attention, scripted(cpu_attention)], ids=["python", "torchscript"])
+def test_steps_of_every_kind(
+    dtype: torch.dtype, window: int | None, rotary_dim: int, has_norms: bool, form: Callable[..., torch.Tensor]
+) -> None:
     """Prompts in one piece and in chunks, decodes of like and unlike lengths, both in one step."""
-    sequences = Sequences([30, 9, 300, 700], dtype, rotary_dim)
+    sequences = Sequences([30, 9, 300, 700], dtype, rotary_dim, form)
     steps = [{0: 7, 2: 257}, {1: 1, 2: 3}, {0: 1}, {3: 513, 0: 4, 2: 1}, {1: 4, 0: 1, 2: 1, 3: 2}]
     steps += [{0: 1, 1: 1, 2: 1, 3: 1}] * 3 + [{2: 1, 0: 1}, {3: 130}]
     outputs: list[list[torch.Tensor]] = [[] for _ in sequences.lengths]
@@ -109,9 +122,9 @@ def test_sequences_that_begin_with_the_same_blocks(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two common beginnings, beside others; decodes with rests of any length behind them, and a prompt that goes on."""
-    monkeypatch.setattr("text_generation_kernels.cpu_attention._MIN_KEYS_SAVED", 0)
+    monkeypatch.setattr("text_generation_kernels.cpu_attention_plan._MIN_KEYS_SAVED", 0)
     prefixes = noted_prefixes(monkeypatch)
-    sequences = Sequences([150, 160, 480, 20, 400, 401, 139], dtype)
+    sequences = Sequences([150, 160, 480, 20, 400, 401, 139], dtype, attend=scripted(cpu_attention))
     sequences.step({0: 139, 4: 200, 3: 18})
     for source, length, others in ((0, 136, (1, 2, 6)), (4, 200, (5,))):
         for row in others:
@@ -172,17 +185,17 @@ def noted_work(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     """Keys that are gathered from now on, and keys that queries attend to."""
     gathered: list[int] = []
     attended: list[int] = []
-    gather, attention = CpuAttentionPlan._gather, cpu_attention_module._attention_with_sums
+    gather, attention = cpu_attention_module._gather, cpu_attention_module._attention_with_sums
 
-    def note_gathered(plan: CpuAttentionPlan, cache: torch.Tensor, blocks: torch.Tensor, batch: int) -> Any:
-        gathered.append(len(blocks) * BLOCK_SIZE)
-        return gather(plan, cache, blocks, batch)
+    def note_gathered(cache: torch.Tensor, keys: Keys, batch: int) -> torch.Tensor:
+        gathered.append(len(keys.blocks) * BLOCK_SIZE)
+        return gather(cache, keys, batch)
 
-    def note_attended(query: torch.Tensor, key: torch.Tensor, *others: Any) -> Any:
-        attended.append(len(query) * query.shape[2] // GROUP * key.shape[2])
-        return attention(query, key, *others)
+    def note_attended(query: torch.Tensor, key_and_value: torch.Tensor, *others: Any) -> Any:
+        attended.append(len(query) * query.shape[2] // GROUP * key_and_value.shape[2])
+        return attention(query, key_and_value, *others)
 
-    monkeypatch.setattr(CpuAttentionPlan, "_gather", note_gathered)
+    monkeypatch.setattr(cpu_attention_module, "_gather", note_gathered)
     monkeypatch.setattr(cpu_attention_module, "_attention_with_sums", note_attended)
     return gathered, attended
 

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import torch
 from safetensors.torch import save_file
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.kv_cache import KvCaches

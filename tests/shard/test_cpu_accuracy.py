@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_shard import distributed
 from text_generation_shard.forward_context import ForwardContext, forward_context
 from text_generation_shard.hub_download import HubSettings

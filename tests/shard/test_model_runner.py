@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_shard.cpu_execution import CpuExecution
 from text_generation_shard.forward_context import get_forward_context
 from text_generation_shard.kv_cache import KvLayout

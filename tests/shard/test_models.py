@@ -9,10 +9,11 @@ import pytest
 import torch
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_kernels.paged_attention import AttentionWorkspace
 from text_generation_shard.forward_context import ForwardContext, KernelAttentionPlan, forward_context
 from text_generation_shard.kv_cache import KvCaches
+from text_generation_shard.layers.cpu_linear import CpuLinear, cpu_linear
 from text_generation_shard.model_config import ModelConfig, load_model_config
 from text_generation_shard.weights import load_model
 from transformers import (
@@ -214,6 +215,34 @@ def test_rows_that_are_asked_for_and_the_keys_of_the_others_equal_transformers(
         with torch.no_grad():
             expected = reference(torch.tensor([tokens])).logits[0, -1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_torchscript", [True, False])
+def test_layers_without_python_between_operations_where_torch_can(
+    has_torchscript: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_torchscript:
+        monkeypatch.delattr(torch.jit, "script")
+    products = []
+
+    def noted(x: torch.Tensor, linear: CpuLinear) -> torch.Tensor:
+        products.append(len(x))
+        return cpu_linear(x, linear)
+
+    reference = random_model(CASES["qwen3"]())
+    reference.save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    model = load_model(config, sorted(tmp_path.glob("*.safetensors")), torch.float32, torch.device("cpu"))
+    tokens = random_ids(23, 1)
+    batch = PagedBatch(model, config, [tokens])
+    batch.step({0: 20})  # now it is compiled
+    monkeypatch.setattr("text_generation_shard.layers.cpu_decoder.cpu_linear", noted)
+    for _ in range(3):
+        batch.step({0: 1})
+    assert len(products) == (0 if has_torchscript else 3 * 4 * config.num_layers)
+    with torch.no_grad():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(torch.cat(batch.logits[0]), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.interpreted

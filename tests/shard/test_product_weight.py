@@ -6,7 +6,7 @@ import pytest
 import torch
 from text_generation_shard.gguf_file import GgufTensor
 from text_generation_shard.gguf_tensor import GgufSource
-from text_generation_shard.layers import product_weight
+from text_generation_shard.layers import cpu_linear
 from text_generation_shard.layers.embedding import LanguageModelHead, VocabParallelEmbedding
 from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightForm
@@ -44,13 +44,13 @@ def rows_of(count: int, width: int) -> torch.Tensor:
 def int4_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each 4-bit product."""
     rows: list[int] = []
-    multiply = product_weight.int4_linear
+    multiply = cpu_linear.int4_linear
 
-    def recorded(x: torch.Tensor, weight: product_weight.Int4Weight) -> torch.Tensor:
+    def recorded(x: torch.Tensor, weight: cpu_linear.Int4Weight) -> torch.Tensor:
         rows.append(len(x))
         return multiply(x, weight)
 
-    monkeypatch.setattr(product_weight, "int4_linear", recorded)
+    monkeypatch.setattr(cpu_linear, "int4_linear", recorded)
     return rows
 
 

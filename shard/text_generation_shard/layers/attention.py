@@ -7,7 +7,6 @@ from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
 from text_generation_shard.forward_context import KernelAttentionPlan, get_forward_context
-from text_generation_shard.layers.cpu_decoder import CpuAttention
 from text_generation_shard.layers.linear import ColumnParallelLinear, RowParallelLinear
 from text_generation_shard.layers.norm import RMSNorm
 from text_generation_shard.layers.partition import Partition, WeightTarget
@@ -44,7 +43,7 @@ class Attention(nn.Module):
         key_cache, value_cache = context.kv_caches[self.layer]
         plan = context.plan
         assert isinstance(plan, KernelAttentionPlan), "a CPU's steps go through CpuDecoder"
-        query_norm, key_norm = self._head_norms()
+        query_norm, key_norm = self.head_norms()
         query = rotary_kv_write(
             self.qkv(x), positions, self.rotary.cos_sin_cache, key_cache, value_cache, plan.slot_mapping,
             query_norm, key_norm, self.norm_eps,
@@ -55,11 +54,8 @@ class Attention(nn.Module):
         )  # fmt: skip
         return self.output.add_norm(heads.flatten(1), residual, next_norm)
 
-    def on_cpu(self) -> CpuAttention:
-        """Its part of a CpuDecoder, once the weights are loaded."""
-        return CpuAttention(self.qkv.forward, self.output.forward, self.scale, self.sliding_window, *self._head_norms())
-
-    def _head_norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def head_norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weights of the queries' and of the keys' norm, in models that have them."""  # [head_dim]
         if self.query_norm is None or self.key_norm is None:
             return None, None
         return self.query_norm.weight, self.key_norm.weight

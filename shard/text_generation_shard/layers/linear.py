@@ -8,6 +8,7 @@ from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
 from text_generation_shard import distributed
+from text_generation_shard.layers.cpu_linear import CpuLinear
 from text_generation_shard.layers.norm import RMSNorm
 from text_generation_shard.layers.partition import CheckpointTensor, Partition, WeightTarget
 from text_generation_shard.layers.product_weight import ProductWeight
@@ -29,6 +30,10 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor | ScaledRows) -> torch.Tensor:
         """This rank's outputs of all packed matrices, one after another."""  # [T, input] -> [T, sum(shares)]
         return self.product.linear(x, self.bias)
+
+    def on_cpu(self) -> CpuLinear:
+        """What a CpuDecoder takes of it, once the weights are loaded."""
+        return self.product.on_cpu(self.bias)
 
     def targets(self, names: Sequence[str]) -> dict[str, WeightTarget]:
         """Targets of the packed checkpoint matrices, named without `.weight`, in packing order."""
@@ -62,6 +67,10 @@ class RowParallelLinear(nn.Module):
             return self.product.linear(x, self.bias)
         output = distributed.all_reduce(self.product.linear(x))
         return output if self.bias is None else output + self.bias
+
+    def on_cpu(self) -> CpuLinear:
+        """What a CpuDecoder takes of it, once the weights are loaded: products to be summed, one with the bias."""
+        return self.product.on_cpu(self.bias if self.partition.rank == 0 else None)
 
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm

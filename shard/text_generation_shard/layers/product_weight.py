@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 from text_generation_kernels.gated_activation import silu_and_mul
-from text_generation_kernels.int4_linear import GroupedWeight, Int4Weight, int4_linear, pack_int4
-from text_generation_kernels.packed_linear import can_pack, pack, packed_linear
+from text_generation_kernels.int4_linear import GroupedWeight, Int4Weight, pack_int4
+from text_generation_kernels.packed_linear import can_pack, pack
 from text_generation_kernels.skinny_matmul import (
     ScaledRows,
     is_skinny,
@@ -14,6 +14,7 @@ from text_generation_kernels.skinny_matmul import (
 )
 from torch import nn
 
+from text_generation_shard.layers.cpu_linear import CpuLinear, cpu_linear
 from text_generation_shard.layers.partition import CheckpointTensor, QuantisedTensor, WeightForm
 
 # Up to so many rows the product in 4 bits is the faster one. With bfloat16 a whole forward pass was measured, whose
@@ -49,16 +50,16 @@ class ProductWeight:
 
     def linear(self, x: torch.Tensor | ScaledRows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x times the transposed weight, plus the bias."""  # [M, K] -> [M, N]
-        if self._packed is None:
-            if self.is_skinny(x):
-                return skinny_linear(x, self.parameter, bias)
-            assert isinstance(x, torch.Tensor)
-            return F.linear(x, self.parameter, bias)
+        if self.is_skinny(x):
+            return skinny_linear(x, self.parameter, bias)
         assert isinstance(x, torch.Tensor)
-        if self._int4 is not None and x.shape[0] <= self._max_int4_rows:
-            product = int4_linear(x, self._int4)
-            return product if bias is None else product.add_(bias)
-        return packed_linear(x, self._packed, bias)
+        if x.device.type == "cpu":
+            return cpu_linear(x, self.on_cpu(bias))
+        return F.linear(x, self.parameter, bias)
+
+    def on_cpu(self, bias: torch.Tensor | None) -> CpuLinear:
+        """What products with it take on a CPU, once it is filled."""
+        return CpuLinear(self._packed, self._int4, self._max_int4_rows, self.parameter, bias)
 
     def gated_linear(self, x: torch.Tensor | ScaledRows, bias: torch.Tensor | None = None) -> torch.Tensor:
         """silu of the product with the first half of the rows, times the product with the second half."""

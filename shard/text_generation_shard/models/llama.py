@@ -1,7 +1,7 @@
 """The Llama family: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told apart by flags of ModelConfig."""
 
 import torch
-from text_generation_kernels.cpu_attention import CpuAttentionPlan
+from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_kernels.skinny_matmul import ScaledRows
 from torch import nn
 
@@ -35,13 +35,12 @@ class DecoderLayer(nn.Module):
 
     def on_cpu(self) -> CpuLayer:
         """Its part of a CpuDecoder, once the weights are loaded."""
+        attention = self.attention
+        query_norm, key_norm = attention.head_norms()
         return CpuLayer(
-            self.attention_norm.weight,
-            self.attention.on_cpu(),
-            self.mlp_norm.weight,
-            self.mlp.gate_up.forward,
-            self.mlp.down.forward,
-        )
+            self.attention_norm.weight, attention.qkv.on_cpu(), query_norm, key_norm, attention.scale,
+            attention.output.on_cpu(), self.mlp_norm.weight, self.mlp.gate_up.on_cpu(), self.mlp.down.on_cpu(),
+        )  # fmt: skip
 
     def targets(self, name: str) -> dict[str, WeightTarget]:
         """Targets of the checkpoint's tensors under `name`."""
@@ -96,7 +95,10 @@ class LlamaModel(nn.Module):
     def _on_cpu(self) -> CpuDecoder:
         layers = self._decoder_layers()
         cos_sin_cache = layers[0].attention.rotary.cos_sin_cache  # that of all layers
-        return CpuDecoder([layer.on_cpu() for layer in layers], self.norm.weight, self.norm.eps, cos_sin_cache)
+        return CpuDecoder(
+            [layer.on_cpu() for layer in layers], self.norm.weight, self.norm.eps, cos_sin_cache,
+            self.config.sliding_windows,
+        )  # fmt: skip
 
     def compute_logits(self, hidden_rows: torch.Tensor) -> torch.Tensor:
         """Logits of some rows, complete on every rank; every rank must call it."""  # [R, hidden] -> [R, vocab]
