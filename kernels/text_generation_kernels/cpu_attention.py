@@ -97,7 +97,8 @@ def cpu_attention(
     for group in decodes:
         places = group.tokens
         assert places is not None
-        output[places] = _decode(query[places], cache, group, scale).view(-1, num_heads, head_dim)
+        rows = _decode(query.index_select(0, places), cache, group, scale)
+        output.index_copy_(0, places, rows.view(-1, num_heads, head_dim))
     for prompt in sequences.prompts:
         output[prompt.start : prompt.end] = _prefill(query[prompt.start : prompt.end], cache, prompt, scale)
     return output.view(output.shape[0], -1)
@@ -161,7 +162,7 @@ def _attend_prefixes(
 def _attention_with_sums(
     query: torch.Tensor,  # [B, KVH, Q, D]
     key_and_value: torch.Tensor,  # [B, 2 * KVH, S, D]
-    bias: torch.Tensor | None,  # [B, 1, 1, S]
+    bias: torch.Tensor | None,  # [B, 1, 1, S] or [Q, S]
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs, [B, KVH, Q, D], and the logarithms of their sums of exponentials, [B, KVH, Q]."""
@@ -174,15 +175,22 @@ def _attention_with_sums(
 
 
 def _prefill(query: torch.Tensor, cache: torch.Tensor, prompt: Prompt, scale: float) -> torch.Tensor:
-    """Keys are expanded over the query heads that share them, not copied."""  # [Q, H, D] -> [Q, H, D]
+    """Attention of a prompt's newest tokens."""  # [Q, H, D] -> [Q, H, D]
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2] // 2
     group = num_heads // num_kv_heads
-    # [KVH, 1, length, D]
-    key_and_value = _gather(cache, prompt.keys, 1).transpose(0, 1).expand(-1, group, -1, -1)
-    bias = prompt.keys.bias
-    output = F.scaled_dot_product_attention(
-        query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3),
-        key_and_value[:num_kv_heads], key_and_value[num_kv_heads:], attn_mask=bias, is_causal=bias is None, scale=scale,
-    )  # fmt: skip
+    query = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    key_and_value, bias = _gather(cache, prompt.keys, 1), prompt.keys.bias
+    if bias is not None and num_tokens <= 128:
+        # One product as in `_decode`: 40 tokens behind 600 in 193 us for 285, 128 in 451 for 517, 512 in 3254 for 3040.
+        rows = query.reshape(1, num_kv_heads, -1, head_dim)
+        output, _ = _attention_with_sums(rows, key_and_value, bias.repeat(group, 1), scale)
+        output = output.view_as(query)
+    else:
+        # Keys are expanded over the query heads that share them, not copied.
+        key_and_value = key_and_value.transpose(0, 1).expand(-1, group, -1, -1)
+        output = F.scaled_dot_product_attention(
+            query, key_and_value[:num_kv_heads], key_and_value[num_kv_heads:], attn_mask=bias, is_causal=bias is None,
+            scale=scale,
+        )  # fmt: skip
     return output.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
