@@ -42,6 +42,7 @@ def attention_items_kernel(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    MERGED_SLOTS: tl.constexpr,  # partial results that are read at a time
     IS_WIDE: tl.constexpr,  # walk the tiles that every row sees without a mask, and leave merging to another kernel
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
     BESIDE: tl.constexpr,  # runs beside the kernel ahead: reads the same inputs, writes other results
@@ -65,13 +66,15 @@ def attention_items_kernel(
     for index in range(tl.load(worker_starts + worker), last_item):
         item = items + index * NUM_ITEM_COLUMNS
         first_row = tl.load(item)
-        is_row = rows < tl.load(item + 1) * GROUP_SIZE
+        num_tokens = tl.load(item + 1)
+        is_row = rows < num_tokens * GROUP_SIZE
         table = block_tables + tl.load(item + 2).to(tl.int64) * table_stride
         key_start = tl.load(item + 3)
         full_start = tl.load(item + 4)
         full_end = tl.load(item + 5)
         key_end = tl.load(item + 6)
         piece = tl.load(item + 7)
+        first_slot = tl.load(row_slots + first_row)
         row = first_row + rows // GROUP_SIZE
         tokens = tl.load(row_tokens + row, mask=is_row, other=0)
         positions = tl.load(row_positions + row, mask=is_row, other=0)
@@ -111,8 +114,8 @@ def attention_items_kernel(
             result = total.to(output.dtype.element_ty)
             tl.store(output + where[:, None] + dims[None, :], result, mask=is_element)
         else:
-            first_lanes = tl.load(row_slots + row, mask=is_row, other=0) * (NUM_KV_HEADS * GROUP_SIZE) + heads
-            lanes = first_lanes + piece * (NUM_KV_HEADS * GROUP_SIZE)
+            slots = tl.load(row_slots + row, mask=is_row, other=0) + piece
+            lanes = slots * (NUM_KV_HEADS * GROUP_SIZE) + heads
             tl.store(partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], total, mask=is_element)
             log_weight = tl.where(weight > 0, top + tl.log2(tl.where(weight > 0, weight, 1.0)), -float("inf"))
             tl.store(partial_weight + lanes, log_weight, mask=is_row)
@@ -125,79 +128,59 @@ def attention_items_kernel(
                     tl.debug_barrier()
                     if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
                         tl.store(arrival, 0)
-                        result = _merge_pieces(
-                            partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
-                            NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, ROWS, PADDED_DIM,
-                        )  # fmt: skip
-                        tl.store(
-                            output + where[:, None] + dims[None, :], result.to(output.dtype.element_ty), mask=is_element
-                        )
+                        # In the rows of a unit that shares no prefix tokens lie in order, and so do their slots.
+                        for member in range(0, num_tokens):
+                            token, slot = first_row + member, first_slot + member * num_pieces
+                            if MERGED_SLOTS <= 4 or num_pieces <= 4:
+                                _merge_partials(
+                                    partial_output, partial_weight, output, token, slot, num_pieces,
+                                    kv_head * GROUP_SIZE, GROUP_SIZE, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, PADDED_DIM,
+                                    4,
+                                )  # fmt: skip
+                            else:
+                                _merge_partials(
+                                    partial_output, partial_weight, output, token, slot, num_pieces,
+                                    kv_head * GROUP_SIZE, GROUP_SIZE, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, PADDED_DIM,
+                                    MERGED_SLOTS,
+                                )  # fmt: skip
     if BESIDE:
         wait_for_others(EARLY)
 
 
 @triton.jit
-def _merge_pieces(
-    partial_output, partial_weight, first_lanes, num_pieces, is_row, is_element, dims,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr,
+def _merge_partials(
+    partial_output, partial_weight, output, token, first_slot, num_slots, first_head,
+    GROUP_SIZE: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    SLOTS: tl.constexpr,  # read at a time, all asked for before one is waited for
 ):  # fmt: skip
-    """The mean of a unit's partial results by their weights, in the order of the pieces, past the first-level cache."""
-    total = tl.zeros([ROWS, PADDED_DIM], dtype=tl.float32)
-    top = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-    weight = tl.zeros([ROWS], dtype=tl.float32)
-    # Four at a time, all asked for before one is waited for.
-    for start in range(0, num_pieces, 4):
-        weights_0, parts_0 = _load_piece(
-            partial_output,
-            partial_weight,
-            first_lanes,
-            start,
-            num_pieces,
-            is_row,
-            is_element,
-            dims,
-            NUM_HEADS,
-            HEAD_DIM,
-        )
-        weights_1, parts_1 = _load_piece(
-            partial_output, partial_weight, first_lanes, start + 1, num_pieces, is_row, is_element, dims, NUM_HEADS,
-            HEAD_DIM,
-        )  # fmt: skip
-        weights_2, parts_2 = _load_piece(
-            partial_output, partial_weight, first_lanes, start + 2, num_pieces, is_row, is_element, dims, NUM_HEADS,
-            HEAD_DIM,
-        )  # fmt: skip
-        weights_3, parts_3 = _load_piece(
-            partial_output, partial_weight, first_lanes, start + 3, num_pieces, is_row, is_element, dims, NUM_HEADS,
-            HEAD_DIM,
-        )  # fmt: skip
-        highest = tl.maximum(tl.maximum(weights_0, weights_1), tl.maximum(weights_2, weights_3))
-        new_top = tl.maximum(top, highest)
+    """Some heads of a token: the mean of their partial results by their weights, always in the order of the slots."""
+    members, dims = tl.arange(0, triton.next_power_of_2(GROUP_SIZE)), tl.arange(0, PADDED_DIM)
+    is_head, is_dim = members < GROUP_SIZE, dims < HEAD_DIM
+    heads = first_head + members
+    total = tl.zeros([members.shape[0], PADDED_DIM], dtype=tl.float32)
+    top = tl.full([members.shape[0]], -float("inf"), dtype=tl.float32)
+    weight = tl.zeros([members.shape[0]], dtype=tl.float32)
+    for start in range(0, num_slots, SLOTS):
+        slots = start + tl.arange(0, SLOTS)
+        # Heads first: Triton then gives them to the warps, and each thread adds up slots by itself.
+        is_lane = is_head[:, None] & (slots < num_slots)[None, :]
+        lanes = heads[:, None] + (first_slot + slots)[None, :] * NUM_HEADS
+        # Past the first-level cache: other multiprocessors wrote them.
+        log_weights = tl.load(partial_weight + lanes, mask=is_lane, other=-float("inf"), cache_modifier=".cg")
+        elements = lanes[:, :, None] * HEAD_DIM + dims[None, None, :]
+        is_element = is_lane[:, :, None] & is_dim[None, None, :]
+        parts = tl.load(partial_output + elements, mask=is_element, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(log_weights, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(log_weights - base[:, None])
         shrink = tl.exp2(top - base)
-        weights_0, weights_1 = tl.exp2(weights_0 - base), tl.exp2(weights_1 - base)
-        weights_2, weights_3 = tl.exp2(weights_2 - base), tl.exp2(weights_3 - base)
-        total = total * shrink[:, None] + parts_0 * weights_0[:, None]
-        total += parts_1 * weights_1[:, None]
-        total += parts_2 * weights_2[:, None]
-        total += parts_3 * weights_3[:, None]
-        weight = weight * shrink + weights_0 + weights_1 + weights_2 + weights_3
+        total = total * shrink[:, None] + tl.sum(parts * weights[:, :, None], 1)
+        weight = weight * shrink + tl.sum(weights, 1)
         top = new_top
-    # Every row sees at least its own key; padded rows are not stored.
-    return total / tl.where(weight > 0, weight, 1.0)[:, None]
-
-
-@triton.jit
-def _load_piece(
-    partial_output, partial_weight, first_lanes, piece, num_pieces, is_row, is_element, dims,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """A piece's log2 of weights and its result; one that the unit does not have weighs nothing."""
-    lanes = first_lanes + tl.minimum(piece, num_pieces - 1) * NUM_HEADS
-    weights = tl.load(partial_weight + lanes, mask=is_row, other=-float("inf"), cache_modifier=".cg")
-    places = lanes[:, None] * HEAD_DIM + dims[None, :]
-    parts = tl.load(partial_output + places, mask=is_element, other=0.0, cache_modifier=".cg")
-    return tl.where(piece < num_pieces, weights, -float("inf")), parts
+    # Every token sees at least itself, so the weights of a head do not all vanish.
+    result = total / tl.where(is_head, weight, 1.0)[:, None]
+    where = (token * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(output + where, result.to(output.dtype.element_ty), mask=is_head[:, None] & is_dim[None, :])
 
 
 @triton.jit
@@ -280,31 +263,10 @@ def merge_partials_kernel(
 ):
     """Each head of each listed token: the mean of its partial results by their weights, in the order of the slots."""
     wait_for_inputs(EARLY)
-    dims = tl.arange(0, PADDED_DIM)
-    is_dim = dims < HEAD_DIM
     for index in range(tl.program_id(0), tl.load(num_merged) * NUM_HEADS, tl.num_programs(0)):
         entry = merged + index // NUM_HEADS * NUM_MERGE_COLUMNS
-        head = index % NUM_HEADS
-        token = tl.load(entry).to(tl.int64)
-        first_slot = tl.load(entry + 1).to(tl.int64)
-        num_slots = tl.load(entry + 2)
-        total = tl.zeros([PADDED_DIM], dtype=tl.float32)
-        top = tl.full([], -float("inf"), dtype=tl.float32)
-        weight = tl.zeros([], dtype=tl.float32)
-        for start in range(0, num_slots, SLOTS):
-            slots = start + tl.arange(0, SLOTS)
-            is_slot = slots < num_slots
-            lanes = (first_slot + slots) * NUM_HEADS + head
-            log_weights = tl.load(partial_weight + lanes, mask=is_slot, other=-float("inf"))
-            is_element = is_slot[:, None] & is_dim[None, :]
-            parts = tl.load(partial_output + lanes[:, None] * HEAD_DIM + dims[None, :], mask=is_element, other=0.0)
-            new_top = tl.maximum(top, tl.max(log_weights, 0))
-            base = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tl.exp2(log_weights - base)
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(parts * weights[:, None], 0)
-            weight = weight * shrink + tl.sum(weights, 0)
-            top = new_top
-        # Every token sees at least itself, so the weights do not all vanish.
-        where = (token * NUM_HEADS + head) * HEAD_DIM + dims
-        tl.store(output + where, (total / weight).to(output.dtype.element_ty), mask=is_dim)
+        token, first_slot, num_slots = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        _merge_partials(
+            partial_output, partial_weight, output, token.to(tl.int64), first_slot.to(tl.int64), num_slots,
+            index % NUM_HEADS, 1, NUM_HEADS, HEAD_DIM, PADDED_DIM, SLOTS,
+        )  # fmt: skip

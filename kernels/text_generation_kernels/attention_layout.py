@@ -44,6 +44,7 @@ class Tile:
     keys: int  # keys of one loop turn
     num_workers: int  # thread blocks per key/value head; each has its own list of items
     min_key_tiles: int = 1  # a unit is not cut finer than this while there are workers to spare
+    merged_slots: int = 4  # partial results that are read at a time where more than four are merged in place
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None  # of a thread; None: as many as the compiler likes

@@ -53,8 +53,15 @@ def attention_layout(
         block_size=shape.block_size,
         max_tokens=max_tokens,
         max_sequences=max_sequences,
-        narrow=make_tile(narrow, smallest, shape.num_kv_heads, device),
-        wide=make_tile(wide, max(wide["ROWS"], smallest), shape.num_kv_heads, device, operation == "attention_hopper")
+        narrow=make_tile(narrow, smallest, shape.group_size, shape.num_kv_heads, device),
+        wide=make_tile(
+            wide,
+            max(wide["ROWS"], smallest),
+            shape.group_size,
+            shape.num_kv_heads,
+            device,
+            operation == "attention_hopper",
+        )
         if has_prompts
         else None,
     )
@@ -68,7 +75,9 @@ def wide_operation(shape: AttentionShape, device: torch.device) -> str:
     return "attention_hopper" if is_hopper and suits else "attention_wide"
 
 
-def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.device, is_hopper: bool = False) -> Tile:
+def make_tile(
+    settings: Settings, rows: int, group_size: int, num_kv_heads: int, device: torch.device, is_hopper: bool = False
+) -> Tile:
     """As many workers as fit on the device at once: their shares are equal, so a second wave would double the time."""
     programs = num_multiprocessors(device) * settings["CTAS_PER_SM"]
     return Tile(
@@ -76,6 +85,7 @@ def make_tile(settings: Settings, rows: int, num_kv_heads: int, device: torch.de
         keys=settings["KEYS"],
         num_workers=max(1, programs // num_kv_heads),
         min_key_tiles=settings["MIN_KEY_TILES"],
+        merged_slots=max(4, settings.get("MERGED_SLOTS", 4) * 4 // triton.next_power_of_2(group_size)),
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
         max_registers=settings.get("maxnreg"),

@@ -42,7 +42,7 @@ class Int4Weight(NamedTuple):
     """4-bit codes in the order of torch's kernel; groups keep their scales and minimums, rounded to bfloat16."""
 
     codes: torch.Tensor  # [N, K / 2] uint8; K is doubled if has_halves
-    group_size: int
+    group_size: int  # GROUP_SIZE, which TorchScript does not find by itself
     scales_and_zeros: torch.Tensor  # [K / group_size, N, 2] bfloat16; a weight is (code - 8) * scale + zero
     has_halves: bool  # the first K / 2 columns are upper halves of 8-bit codes, the others their lower halves
 

@@ -65,7 +65,8 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     # CTAS_PER_SM says how many programs of the kernel fit on a multiprocessor, by registers and shared memory. d64,
     # d128, d256: the head size, rounded up to a power of two. Loads go through block ids, so that of n stages n // 2
     # hold keys and values in flight. maxnreg: the registers that so many programs leave each thread. Without it the
-    # compiler aims for more programs on some GPUs and puts a few registers into memory for them.
+    # compiler aims for more programs on some GPUs and puts a few registers into memory for them. MERGED_SLOTS: partial
+    # results of four heads that are read at a time where more than four are merged; they take 4 registers each.
     ("attention_narrow/d64", "default"): {
         "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
@@ -85,19 +86,19 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d64", "h100"): {
-        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
     },
     ("attention_narrow/d128", "h100"): {
-        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "MERGED_SLOTS": 32, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d256", "h100"): {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d64", "h200"): {
-        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
     },
     ("attention_narrow/d128", "h200"): {
-        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
+        "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "MERGED_SLOTS": 32, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d256", "h200"): {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,

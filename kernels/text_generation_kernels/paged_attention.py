@@ -129,8 +129,8 @@ def _launch_items(
         return
     attention_items_kernel[grid](
         *tensors, workspace.arrivals, block_tables.stride(0), *factors,
-        PADDED_DIM=triton.next_power_of_2(head_dim), IS_WIDE=is_wide, WIDEN=INTERPRETS,
-        BESIDE=not is_wide and workspace.layout.wide is not None,
+        PADDED_DIM=triton.next_power_of_2(head_dim), MERGED_SLOTS=tile.merged_slots, IS_WIDE=is_wide,
+        WIDEN=INTERPRETS, BESIDE=not is_wide and workspace.layout.wide is not None,
         **early_launch(query.device), **constants, num_stages=tile.num_stages,
     )  # fmt: skip
 

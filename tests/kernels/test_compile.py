@@ -248,6 +248,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
         padded = triton.next_power_of_2(head_dim)
         sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
         sizes |= {"BLOCK_SIZE": 16, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": False, "WIDEN": False}
+        sizes["MERGED_SLOTS"] = 4  # unless the table says otherwise
         shape = "float32" if data == "*fp32" else f"d{padded}"
         for form in ("narrow", "narrow beside", "wide"):
             is_wide, is_beside = form == "wide", form == "narrow beside"
@@ -261,7 +262,7 @@ def attention_cases(data: str) -> list[CompiledKernel]:
                 )
             )  # fmt: skip
         if data != "*fp32" and head_dim in HOPPER_HEAD_DIMS:
-            del sizes["PADDED_DIM"], sizes["WIDEN"]
+            del sizes["PADDED_DIM"], sizes["WIDEN"], sizes["MERGED_SLOTS"]
             cases.append(
                 CompiledKernel(
                     hopper_attention.hopper_attention_kernel, ("attention_hopper", shape),

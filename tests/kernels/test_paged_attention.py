@@ -63,7 +63,7 @@ def run(case: Case, device: torch.device, padding: int = 0) -> tuple[torch.Tenso
         block_size=case.block_size,
         max_tokens=query.shape[0] + 3,
         max_sequences=len(case.steps) + 2,
-        narrow=Tile(16 if case.group_size <= 16 else 32, 32, case.workers, case.min_key_tiles),
+        narrow=Tile(16 if case.group_size <= 16 else 32, 32, case.workers, case.min_key_tiles, merged_slots=8),
         wide=Tile(32, 16, case.workers, case.min_key_tiles) if case.wide else None,
     )
     plan = torch.full((layout.size,), 2**30, dtype=torch.int32)
@@ -224,7 +224,7 @@ def test_shared_prefix_beside_a_prompt(device):
 def test_pieces_are_merged_by_the_last_to_arrive(device):
     case = Case([(1, 90), (7, 61), (16, 16), (1, 1), (2, 70)], wide=False, workers=9, min_key_tiles=1)
     inputs = random_inputs(case, device, 0)
-    layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9), None)
+    layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9, merged_slots=8), None)
     workspace = planned_workspace(case, device, layout)
     assert merged_in_place(workspace)
     expected = exact(case, *inputs)

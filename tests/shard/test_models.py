@@ -1,5 +1,7 @@
 """Every family against transformers, logit by logit, on random weights: a CPU's way through the model, and a GPU's."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,11 @@ def test_rows_that_are_asked_for_and_the_keys_of_the_others_equal_transformers(
         with torch.no_grad():
             expected = reference(torch.tensor([tokens])).logits[0, -1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_torch_without_torchscript_can_import_the_layers() -> None:
+    code = "import torch; del torch.jit.script, torch.jit.ignore; import text_generation_shard.layers.cpu_decoder"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("has_torchscript", [True, False])

@@ -11,7 +11,7 @@ import torch
 from text_generation_kernels.cpu_attention import StepSequences, StepTokens, cpu_attention
 from text_generation_kernels.cpu_attention_plan import CpuAttentionPlan
 from text_generation_kernels.reference import silu_and_mul
-from text_generation_kernels.torch_script import scripted
+from text_generation_kernels.torch_script import outside_script, scripted
 from torch import nn
 
 from text_generation_shard import distributed
@@ -47,6 +47,7 @@ class CpuDecoder:
         self._sliding_windows = list(dict.fromkeys(sliding_windows))
         self._cos_sin_cache = cos_sin_cache
         windows = [self._sliding_windows.index(window) for window in sliding_windows]
+        self._num_layers = len(layers)
         self._layers = scripted(_CpuLayers(list(layers), norm, eps, windows))
 
     def run(
@@ -57,6 +58,7 @@ class CpuDecoder:
         plan: CpuAttentionPlan,
     ) -> torch.Tensor:
         """Normed hidden states of all tokens, or of those that `rows` names."""
+        assert len(kv_caches) == self._num_layers
         sequences = [plan.sequences(window) for window in self._sliding_windows]
         caches = [cache for (cache,) in kv_caches]
         return self._layers(embeddings, rows, caches, plan.tokens(self._cos_sin_cache), sequences)
@@ -119,6 +121,6 @@ class _CpuLayers(nn.Module):
         """Of the ranks' products."""
         return self._sum_over_ranks(partial) if self.is_split else partial
 
-    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    @outside_script
     def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:
         return distributed.all_reduce(partial)

@@ -13,7 +13,7 @@ class CpuLinear(NamedTuple):
 
     packed: torch.Tensor | None  # as oneDNN keeps it
     int4: Int4Weight | None
-    max_int4_rows: int  # for products of so many rows
+    max_int4_rows: int  # the most rows that it multiplies
     plain: torch.Tensor
     bias: torch.Tensor | None  # [N]
 

@@ -87,7 +87,7 @@ class ProductWeight:
 
     def is_skinny(self, x: torch.Tensor | ScaledRows) -> bool:
         """Whether the product is of few enough rows for the kernel that reads the weight once."""
-        return isinstance(x, ScaledRows) or is_skinny(x)
+        return isinstance(x, ScaledRows) or (not self.is_packed and is_skinny(x))
 
     def load(self, tensor: CheckpointTensor, own: slice, rows: slice, columns: slice | None = None) -> None:
         """Fill the rows `own` with a part of a checkpoint's tensor; the last part to come finishes the weight."""
