@@ -42,7 +42,7 @@ def attention_items_kernel(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    MERGED_SLOTS: tl.constexpr,  # partial results that are read at a time
+    MERGED_SLOTS: tl.constexpr,  # partial results that are read at a time where more than four are merged in place
     IS_WIDE: tl.constexpr,  # walk the tiles that every row sees without a mask, and leave merging to another kernel
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
     BESIDE: tl.constexpr,  # runs beside the kernel ahead: reads the same inputs, writes other results
@@ -128,7 +128,7 @@ def attention_items_kernel(
                     tl.debug_barrier()
                     if tl.atomic_add(arrival, 1, sem="acq_rel") == num_pieces - 1:
                         tl.store(arrival, 0)
-                        # In the rows of a unit that shares no prefix tokens lie in order, and so do their slots.
+                        # Without a shared prefix a row's number is its token's, and slots are num_pieces apart.
                         for member in range(0, num_tokens):
                             token, slot = first_row + member, first_slot + member * num_pieces
                             if MERGED_SLOTS <= 4 or num_pieces <= 4:
@@ -162,7 +162,7 @@ def _merge_partials(
     weight = tl.zeros([members.shape[0]], dtype=tl.float32)
     for start in range(0, num_slots, SLOTS):
         slots = start + tl.arange(0, SLOTS)
-        # Heads first: Triton then gives them to the warps, and each thread adds up slots by itself.
+        # Heads first: Triton then gives four of them to four warps, and each thread adds up slots by itself.
         is_lane = is_head[:, None] & (slots < num_slots)[None, :]
         lanes = heads[:, None] + (first_slot + slots)[None, :] * NUM_HEADS
         # Past the first-level cache: other multiprocessors wrote them.

@@ -22,7 +22,7 @@ FULL_START = 4  # every row sees every key of FULL_START … FULL_END - 1, which
 FULL_END = 5
 KEY_END = 6
 PIECE = 7  # added to a row's slot: where the item's partial result goes; -1: it is the whole result
-NUM_PIECES = 8  # of the unit, if it is cut and the narrow kernel is to merge it; else 0
+NUM_PIECES = 8  # of the unit, if it is cut and the narrow kernel is to merge it: its tokens' slots lie in order; else 0
 NUM_ITEM_COLUMNS = 9
 
 # Columns of a token whose partial results are merged by the kernel that follows.

@@ -85,9 +85,15 @@ def make_tile(
         keys=settings["KEYS"],
         num_workers=max(1, programs // num_kv_heads),
         min_key_tiles=settings["MIN_KEY_TILES"],
-        merged_slots=max(4, settings.get("MERGED_SLOTS", 4) * 4 // triton.next_power_of_2(group_size)),
+        merged_slots=merged_slots(settings, group_size),
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
         max_registers=settings.get("maxnreg"),
         is_hopper=is_hopper,
     )
+
+
+def merged_slots(settings: Settings, group_size: int) -> int:
+    """How many partial results the last piece of a unit reads at a time: fewer for a group of more than four heads."""
+    slots: int = settings.get("MERGED_SLOTS", 4)
+    return max(4, slots * 4 // max(4, int(triton.next_power_of_2(group_size))))

@@ -66,7 +66,8 @@ SETTINGS: dict[tuple[str, str], Settings] = {
     # d128, d256: the head size, rounded up to a power of two. Loads go through block ids, so that of n stages n // 2
     # hold keys and values in flight. maxnreg: the registers that so many programs leave each thread. Without it the
     # compiler aims for more programs on some GPUs and puts a few registers into memory for them. MERGED_SLOTS: partial
-    # results of four heads that are read at a time where more than four are merged; they take 4 registers each.
+    # results that are read at a time where more than four are merged: of four heads, in 4 registers each; of more heads
+    # fewer. Without it, four.
     ("attention_narrow/d64", "default"): {
         "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
@@ -86,7 +87,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5, "maxnreg": 255,
     },
     ("attention_narrow/d64", "h100"): {
-        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "h100"): {
         "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "MERGED_SLOTS": 32, "num_warps": 4, "num_stages": 5,
@@ -95,7 +96,7 @@ SETTINGS: dict[tuple[str, str], Settings] = {
         "KEYS": 32, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 2, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d64", "h200"): {
-        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5, "maxnreg": 128,
+        "KEYS": 64, "CTAS_PER_SM": 4, "MIN_KEY_TILES": 1, "num_warps": 4, "num_stages": 5,
     },
     ("attention_narrow/d128", "h200"): {
         "KEYS": 64, "CTAS_PER_SM": 2, "MIN_KEY_TILES": 1, "MERGED_SLOTS": 32, "num_warps": 4, "num_stages": 5,

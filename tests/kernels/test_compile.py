@@ -25,7 +25,7 @@ from text_generation_kernels import (
     token_masks,
     token_records,
 )
-from text_generation_kernels.attention_settings import HOPPER_HEAD_DIMS
+from text_generation_kernels.attention_settings import HOPPER_HEAD_DIMS, merged_slots
 from text_generation_kernels.benchmarks.occupancy import (
     MULTIPROCESSORS,
     Usage,
@@ -79,6 +79,10 @@ class CompiledKernel:
         options = {name: value for name, value in entry.items() if name.islower()}
         if self.is_hopper:
             constants["STAGES"] = entry["num_stages"]
+        if "MERGED_SLOTS" in names:
+            group_size = self.constants["GROUP_SIZE"]
+            assert isinstance(group_size, int)
+            constants["MERGED_SLOTS"] = merged_slots(entry, group_size)
         if "EARLY" in names:
             constants["EARLY"] = options["launch_pdl"] = capability >= 90
         return options, self.constants | constants
@@ -232,7 +236,7 @@ def logits_cases(data: str) -> list[CompiledKernel]:
 
 
 def attention_cases(data: str) -> list[CompiledKernel]:
-    """Paged attention with groups of four heads: few rows and many, each head size, with and without a window."""
+    """Paged attention: few rows and many, each head size, with and without a window, groups of one, four and eight."""
     data_names, lists = ("query", "key_cache", "value_cache", "output"), ("row_tokens", "row_positions", "row_slots")
     items = dict.fromkeys(data_names, data) | dict.fromkeys((*lists, "block_tables", "worker_starts", "items"), "*i32")
     items |= {"partial_output": "*fp32", "partial_weight": "*fp32", "table_stride": "i32", "scale": "fp32"}
@@ -244,11 +248,18 @@ def attention_cases(data: str) -> list[CompiledKernel]:
             merge | {"output": data}, {"NUM_HEADS": 32, "HEAD_DIM": 128, "PADDED_DIM": 128, "SLOTS": 8},
         )
     ]  # fmt: skip
-    for head_dim, has_window in ((64, False), (80, False), (128, False), (128, True), (256, False)):
+    shapes = [(64, 4, False), (80, 4, False), (128, 4, False), (128, 4, True), (256, 4, False)]
+    for head_dim, group_size, has_window in [*shapes, (128, 1, False), (128, 8, False)]:
+        is_slow = (head_dim, group_size, has_window) != (128, 4, False)
+        shape_name = f"d{head_dim}{'' if group_size == 4 else f' group {group_size}'}{' window' if has_window else ''}"
         padded = triton.next_power_of_2(head_dim)
-        sizes: dict[str, object] = {"GROUP_SIZE": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED_DIM": padded}
+        sizes: dict[str, object] = {
+            "GROUP_SIZE": group_size,
+            "NUM_KV_HEADS": 8,
+            "HEAD_DIM": head_dim,
+            "PADDED_DIM": padded,
+        }
         sizes |= {"BLOCK_SIZE": 16, "HAS_WINDOW": has_window, "HAS_SOFT_CAP": False, "WIDEN": False}
-        sizes["MERGED_SLOTS"] = 4  # unless the table says otherwise
         shape = "float32" if data == "*fp32" else f"d{padded}"
         for form in ("narrow", "narrow beside", "wide"):
             is_wide, is_beside = form == "wide", form == "narrow beside"
@@ -258,17 +269,17 @@ def attention_cases(data: str) -> list[CompiledKernel]:
                 CompiledKernel(
                     attention_kernels.attention_items_kernel, (f"attention_{form.split()[0]}", shape), items,
                     sizes | rows, unaligned=("sliding_window", "table_stride"), has_wgmma=is_wide,
-                    name=f"{form} d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
+                    name=f"{form} {shape_name}", is_slow=is_slow,
                 )
             )  # fmt: skip
         if data != "*fp32" and head_dim in HOPPER_HEAD_DIMS:
-            del sizes["PADDED_DIM"], sizes["WIDEN"], sizes["MERGED_SLOTS"]
+            del sizes["PADDED_DIM"], sizes["WIDEN"]
             cases.append(
                 CompiledKernel(
                     hopper_attention.hopper_attention_kernel, ("attention_hopper", shape),
                     {name: kind for name, kind in items.items() if name != "arrivals"}, sizes,
                     unaligned=("sliding_window", "table_stride"), has_wgmma=True, is_hopper=True,
-                    name=f"d{head_dim}{' window' if has_window else ''}", is_slow=head_dim != 128 or has_window,
+                    name=shape_name, is_slow=is_slow,
                 )
             )  # fmt: skip
     return cases

@@ -224,7 +224,7 @@ def test_shared_prefix_beside_a_prompt(device):
 def test_pieces_are_merged_by_the_last_to_arrive(device):
     case = Case([(1, 90), (7, 61), (16, 16), (1, 1), (2, 70)], wide=False, workers=9, min_key_tiles=1)
     inputs = random_inputs(case, device, 0)
-    layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9, merged_slots=8), None)
+    layout = AttentionLayout(case.group_size, case.block_size, 64, 5, Tile(16, 32, 9), None)
     workspace = planned_workspace(case, device, layout)
     assert merged_in_place(workspace)
     expected = exact(case, *inputs)
@@ -232,6 +232,17 @@ def test_pieces_are_merged_by_the_last_to_arrive(device):
         output = paged_attention(*inputs, workspace, case.scale)
         torch.testing.assert_close(output.double(), expected, atol=3e-5, rtol=0)
     assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("group_size", some(3, slow=(1, 7, 16)))
+def test_more_pieces_than_are_read_at_a_time(group_size, device):
+    case = Case([(3, 370), (1, 40)], num_kv_heads=1, group_size=group_size, wide=False)
+    inputs = random_inputs(case, device, 0)
+    narrow = Tile(16, 32, 60, merged_slots=8)
+    workspace = planned_workspace(case, device, AttentionLayout(group_size, case.block_size, 8, 2, narrow, None))
+    assert max(merged_in_place(workspace)) > narrow.merged_slots > 4
+    output = paged_attention(*inputs, workspace, case.scale)
+    torch.testing.assert_close(output.double(), exact(case, *inputs), atol=3e-5, rtol=0)
 
 
 def test_the_narrow_kernel_merges_its_own_pieces_beside_the_wide_one(device):
