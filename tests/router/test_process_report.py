@@ -40,7 +40,9 @@ def driver(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: SimpleNamespace(used=gpu[0], total=gpu[1]))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=gpu[2]))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", power)
-    return calls
+    yield calls
+    # A thread that was told to stop still has the driver to leave, and must not find the real one.
+    wait_for(lambda: calls.count("shutdown") == calls.count("init"))
 
 
 def wait_for(condition) -> None:
