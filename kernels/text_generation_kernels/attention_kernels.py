@@ -7,11 +7,13 @@ matrix unit). Rows are tokens times the query heads of one key/value head, so ke
 import triton
 import triton.language as tl
 
+from text_generation_kernels import attention_layout
 from text_generation_kernels.dispatch import start_next, wait_for_inputs, wait_for_others
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(9)
-NUM_MERGE_COLUMNS: tl.constexpr = tl.constexpr(4)
+NUM_ITEM_COLUMNS: tl.constexpr = tl.constexpr(attention_layout.NUM_ITEM_COLUMNS)
+NUM_MERGE_COLUMNS: tl.constexpr = tl.constexpr(attention_layout.NUM_MERGE_COLUMNS)
+FEW_PIECES: tl.constexpr = tl.constexpr(attention_layout.FEW_PIECES)
 
 
 @triton.jit(do_not_specialize=["table_stride", "sliding_window"])
@@ -42,7 +44,7 @@ def attention_items_kernel(
     KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    MERGED_SLOTS: tl.constexpr,  # partial results that are read at a time where more than four are merged in place
+    MERGED_SLOTS: tl.constexpr,  # partial results that are read at a time where more than FEW_PIECES are merged
     IS_WIDE: tl.constexpr,  # walk the tiles that every row sees without a mask, and leave merging to another kernel
     WIDEN: tl.constexpr,  # products in float32: Triton's interpreter multiplies the bit patterns of bfloat16
     BESIDE: tl.constexpr,  # runs beside the kernel ahead: reads the same inputs, writes other results
@@ -74,7 +76,7 @@ def attention_items_kernel(
         full_end = tl.load(item + 5)
         key_end = tl.load(item + 6)
         piece = tl.load(item + 7)
-        first_slot = tl.load(row_slots + first_row)
+        first_slot = tl.load(row_slots + first_row)  # for merging, where it would be waited for
         row = first_row + rows // GROUP_SIZE
         tokens = tl.load(row_tokens + row, mask=is_row, other=0)
         positions = tl.load(row_positions + row, mask=is_row, other=0)
@@ -131,11 +133,11 @@ def attention_items_kernel(
                         # Without a shared prefix a row's number is its token's, and slots are num_pieces apart.
                         for member in range(0, num_tokens):
                             token, slot = first_row + member, first_slot + member * num_pieces
-                            if MERGED_SLOTS <= 4 or num_pieces <= 4:
+                            if MERGED_SLOTS <= FEW_PIECES or num_pieces <= FEW_PIECES:
                                 _merge_partials(
                                     partial_output, partial_weight, output, token, slot, num_pieces,
                                     kv_head * GROUP_SIZE, GROUP_SIZE, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, PADDED_DIM,
-                                    4,
+                                    FEW_PIECES,
                                 )  # fmt: skip
                             else:
                                 _merge_partials(

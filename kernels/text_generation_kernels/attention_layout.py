@@ -32,6 +32,9 @@ NUM_MERGE_COLUMNS = 4  # token, first partial slot, number of slots, unused
 # second-level cache, beats a launch of the wide kernel: suffixes behind a prefix hit are this short.
 MAX_NARROW_QUERY = 16
 
+# So many pieces of a unit, or fewer, are merged in place by code of their own, which reads so many at a time.
+FEW_PIECES = 4
+
 # Sections start at multiples of this many int32, so that every one is aligned for vector loads.
 ALIGNMENT = 32
 
@@ -44,7 +47,7 @@ class Tile:
     keys: int  # keys of one loop turn
     num_workers: int  # thread blocks per key/value head; each has its own list of items
     min_key_tiles: int = 1  # a unit is not cut finer than this while there are workers to spare
-    merged_slots: int = 4  # partial results that are read at a time where more than four are merged in place
+    merged_slots: int = FEW_PIECES  # partial results that are read at a time where more are merged in place
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = None  # of a thread; None: as many as the compiler likes

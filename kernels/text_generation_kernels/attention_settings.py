@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from text_generation_kernels.attention_layout import AttentionLayout, Tile
+from text_generation_kernels.attention_layout import FEW_PIECES, AttentionLayout, Tile
 from text_generation_kernels.dispatch import HAS_GLUON, num_multiprocessors
 from text_generation_kernels.gpu import gpu_of
 from text_generation_kernels.launch_settings import Settings, launch_settings
@@ -14,6 +14,8 @@ from text_generation_kernels.launch_settings import Settings, launch_settings
 HOPPER_HEAD_DIMS = (64, 128)
 # A row of the matrix unit's smallest tile; fewer rows than this cost the same.
 SMALLEST_TILE_ROWS = 16
+# Heads of which the launch table says how many partial results are read at a time.
+TABLE_GROUP_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,8 @@ def attention_layout(
         block_size=shape.block_size,
         max_tokens=max_tokens,
         max_sequences=max_sequences,
-        narrow=make_tile(narrow, smallest, shape.group_size, shape.num_kv_heads, device),
-        wide=make_tile(
-            wide,
-            max(wide["ROWS"], smallest),
-            shape.group_size,
-            shape.num_kv_heads,
-            device,
-            operation == "attention_hopper",
-        )
+        narrow=make_tile(narrow, smallest, shape, device),
+        wide=make_tile(wide, max(wide["ROWS"], smallest), shape, device, operation == "attention_hopper")
         if has_prompts
         else None,
     )
@@ -76,16 +71,16 @@ def wide_operation(shape: AttentionShape, device: torch.device) -> str:
 
 
 def make_tile(
-    settings: Settings, rows: int, group_size: int, num_kv_heads: int, device: torch.device, is_hopper: bool = False
+    settings: Settings, rows: int, shape: AttentionShape, device: torch.device, is_hopper: bool = False
 ) -> Tile:
     """As many workers as fit on the device at once: their shares are equal, so a second wave would double the time."""
     programs = num_multiprocessors(device) * settings["CTAS_PER_SM"]
     return Tile(
         rows=rows,
         keys=settings["KEYS"],
-        num_workers=max(1, programs // num_kv_heads),
+        num_workers=max(1, programs // shape.num_kv_heads),
         min_key_tiles=settings["MIN_KEY_TILES"],
-        merged_slots=merged_slots(settings, group_size),
+        merged_slots=merged_slots(settings, shape.group_size),
         num_warps=settings["num_warps"],
         num_stages=settings["num_stages"],
         max_registers=settings.get("maxnreg"),
@@ -95,5 +90,6 @@ def make_tile(
 
 def merged_slots(settings: Settings, group_size: int) -> int:
     """How many partial results the last piece of a unit reads at a time: fewer for a group of more than four heads."""
-    slots: int = settings.get("MERGED_SLOTS", 4)
-    return max(4, slots * 4 // max(4, int(triton.next_power_of_2(group_size))))
+    slots: int = settings.get("MERGED_SLOTS", FEW_PIECES)
+    heads = max(TABLE_GROUP_SIZE, int(triton.next_power_of_2(group_size)))
+    return max(FEW_PIECES, slots * TABLE_GROUP_SIZE // heads)

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from text_generation_kernels import reference
-from text_generation_kernels.attention_layout import NUM_ITEM_COLUMNS, NUM_PIECES, PIECE, AttentionLayout, Tile
+from text_generation_kernels.attention_layout import (
+    FEW_PIECES,
+    NUM_ITEM_COLUMNS,
+    NUM_PIECES,
+    PIECE,
+    AttentionLayout,
+    Tile,
+)
 from text_generation_kernels.attention_settings import AttentionShape, attention_layout
 from text_generation_kernels.attention_work import plan_attention
 from text_generation_kernels.paged_attention import AttentionWorkspace, paged_attention
@@ -240,7 +247,7 @@ def test_more_pieces_than_are_read_at_a_time(group_size, device):
     inputs = random_inputs(case, device, 0)
     narrow = Tile(16, 32, 60, merged_slots=8)
     workspace = planned_workspace(case, device, AttentionLayout(group_size, case.block_size, 8, 2, narrow, None))
-    assert max(merged_in_place(workspace)) > narrow.merged_slots > 4
+    assert max(merged_in_place(workspace)) > narrow.merged_slots > FEW_PIECES
     output = paged_attention(*inputs, workspace, case.scale)
     torch.testing.assert_close(output.double(), exact(case, *inputs), atol=3e-5, rtol=0)
 
